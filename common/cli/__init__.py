@@ -1,0 +1,61 @@
+"""The command line: one file a verb or group of verbs; only the verbs that train or predict import torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+
+from common import __version__
+from common.domain import Domain, with_plugins
+from common.errors import GraftError
+
+TRAINING = {
+    "fit": "train a recipe into a run folder",
+    "validate": "evaluate a run on its validation split",
+    "test": "evaluate a finished run on its test split, and write its predictions",
+}
+
+
+def run(argv: Sequence[str], builtin: Mapping[str, Domain]) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name.
+        builtin: The built-in domains by name.
+
+    Returns:
+        0 when all went well, 1 when a comparison has failed trials, 2 for a mistake in what the user gave, 130 when
+        interrupted.
+    """
+    try:
+        domains = with_plugins(builtin)
+        if argv and argv[0] in TRAINING:
+            from common.cli import training
+
+            return training.run(argv[0], argv[1:], domains)
+        args = _parser().parse_args(argv)
+        return args.handler(args, domains)
+    except GraftError as error:
+        sys.stderr.write(f"graft: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("graft: interrupted\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from common.cli import comparing, doctor, listing, sharing
+
+    parser = argparse.ArgumentParser(
+        prog="graft",
+        description="Parameter-efficient fine-tuning across vision, medical, protein and speech models.",
+        epilog="graft fit --help lists everything a recipe can say.",
+    )
+    parser.add_argument("--version", action="version", version=f"graft {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for verb, text in TRAINING.items():
+        verbs.add_parser(verb, help=text, add_help=False)
+    for module in (listing, sharing, comparing, doctor):
+        module.add_verbs(verbs)
+    return parser

@@ -1,0 +1,74 @@
+"""`graft fetch`, `export`, `merge` and `predict`: what goes in and out of a run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from common.domain import Domain
+
+
+def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this file's verbs."""
+    parser = verbs.add_parser("fetch", help="download and verify a dataset or checkpoint of the catalog")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="as `graft list data` and `list checkpoints` print it")
+    parser.add_argument("--from", dest="from_file", type=Path, help="take this local file instead of downloading")
+    parser.set_defaults(handler=_fetch)
+    parser = verbs.add_parser("export", help="write a run's adapter folder, loadable with plain peft")
+    parser.add_argument("run", type=Path, help="a finished run's folder")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.set_defaults(handler=_export)
+    parser = verbs.add_parser("merge", help="merge an adapter folder into plain weights")
+    parser.add_argument("adapter", type=Path, help="a folder that `graft export` wrote")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.set_defaults(handler=_merge)
+    parser = verbs.add_parser("predict", help="run an exported adapter on your own files, into a CSV")
+    parser.add_argument("--adapter", type=Path, required=True, help="a folder that `graft export` wrote")
+    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="the CSV to write")
+    parser.add_argument("--skip-bad", action="store_true", help="count and leave out files that cannot be read")
+    parser.add_argument("files", nargs="+", type=Path, help="files or folders")
+    parser.set_defaults(handler=_predict)
+
+
+def _fetch(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.artifacts import fetch
+    from common.errors import GraftError
+
+    if args.from_file is not None and len(args.names) > 1:
+        raise GraftError(f"--from gives one file, but {len(args.names)} names were given. Fetch them one by one.")
+    for name in args.names:
+        path = fetch(name, from_file=args.from_file)
+        Console(highlight=False, soft_wrap=True).print(f"{name}: verified, {path}")
+    return 0
+
+
+def _export(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.exchange import export
+    from common.run import read_record
+
+    certificate = export(args.run, args.out, read_record(args.run), domains)
+    merged = certificate["merge_max_abs_error"]
+    merging = f"merges within {merged:.1e}" if merged is not None else f"not mergeable: {certificate['not_mergeable']}"
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{args.out}: reloads within {certificate['reload_max_abs_error']:.1e}, {merging}")
+    return 0
+
+
+def _merge(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.exchange import merge
+
+    error = merge(args.adapter, args.out, domains)
+    Console(highlight=False, soft_wrap=True).print(f"{args.out}: plain weights, outputs within {error:.1e}")
+    return 0
+
+
+def _predict(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.exchange import load
+
+    task = load(args.adapter, domains)
+    summary = domains[task.domain].load_predict()(task, args.files, args.out, skip_bad=args.skip_bad)
+    Console(highlight=False, soft_wrap=True).print(summary)
+    return 0

@@ -1,0 +1,201 @@
+"""`graft fit`, `validate` and `test`: a recipe, read by LightningCLI, run in a folder."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from common import run as runs
+from common._yaml import Loader
+from common.domain import Domain
+from common.errors import GraftError, suggest, unknown
+from common.methods import METHODS, MethodSpec
+from common.task import AdaptedTask
+
+Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
+
+# YAML 1.1 reads the key `on:` of every recipe as the boolean true; see common/_yaml.py.
+jsonargparse.set_loader("yaml12", lambda text: yaml.load(text, Loader=Loader), exceptions=(yaml.YAMLError,))
+jsonargparse.set_dumper("yaml12", lambda data: yaml.safe_dump(data, sort_keys=False, default_flow_style=False))
+
+
+class RecipeTrainer(L.Trainer):
+    """The trainer's arguments as a recipe may give them; the trainer itself is built by `common.run`.
+
+    Args:
+        precision: `auto` computes in bfloat16 where the machine does so in hardware, else in single precision.
+        **kwargs: As `lightning.Trainer` takes them.
+    """
+
+    def __init__(self, *, precision: Precision = "auto", **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI with a top-level `peft:` block, a run folder, and no verbs of its own."""
+
+    trainer_options: dict[str, Any]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what a recipe says beside model, data and trainer."""
+        parser.add_subclass_arguments(MethodSpec, "peft", required=True, help="The PEFT method and its settings.")
+        parser.link_arguments("peft", "model.init_args.peft", apply_on="instantiate")
+        parser.add_argument("--run", type=Path | None, default=None, help="The run's folder (default runs/<recipe>).")
+        parser.add_argument("--resume", action="store_true", help="Go on from the folder's last.ckpt, if there is one.")
+        parser.add_argument("--save_every", type=int, default=0, help="Also save after this many steps in an epoch.")
+
+    def before_instantiate_classes(self) -> None:
+        """Give the one seed of the recipe to task and data."""
+        for part in ("model", "data"):
+            arguments = self.config[part].init_args
+            if "seed" in arguments:
+                arguments.seed = int(self.config.seed_everything)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Keep the trainer's arguments for `common.run`, which adds Graft's callbacks and plugins."""
+        self.trainer_options = dict(self._get(self.config_init, "trainer", default={}))
+        return None
+
+    def dump(self) -> str:
+        """Return the complete configuration as YAML, without what belongs to one call alone."""
+        config = self.config.clone()
+        for key in ("config", "resume", "run"):
+            config.pop(key, None)
+        return self.parser.dump(config, skip_validation=True)
+
+
+def run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
+    """Run one of the verbs `fit`, `validate`, `test`."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for noise in (".*does not have many workers.*", ".*eval mode at the start.*", ".*GPU available but not used.*"):
+            warnings.filterwarnings("ignore", message=noise)
+        for domain in domains.values():
+            domain.load_all()
+        if verb == "fit":
+            cli = _parse(argv)
+            folder = cli.config.run or Path("runs") / _recipe(cli).stem
+            options = {"resume": cli.config.resume, "save_every": cli.config.save_every, "recipe": str(_recipe(cli))}
+            record = runs.fit(cli.model, cli.datamodule, folder, config=cli.dump(), **options, **cli.trainer_options)
+            return _report(folder, "val", record)
+        cli = _parse(_saved_arguments(argv))
+        options = {k: v for k, v in cli.trainer_options.items() if k in ("accelerator", "devices", "precision")}
+        action = runs.test if verb == "test" else runs.validate
+        record = action(cli.model, cli.datamodule, cli.config.run, **options)
+        return _report(cli.config.run, "test" if verb == "test" else "val", record)
+
+
+def _report(folder: Path, stage: str, record: Mapping[str, Any]) -> int:
+    from rich.console import Console
+
+    cost = record["cost"]
+    quality = "  ".join(f"{name} {value:.4f}" for name, value in record[stage].items())
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{folder}: {stage}  {quality}")
+    console.print(
+        f"trainable {cost['params_trainable']:,} ({cost['trainable_percent']:.3f} %)  "
+        f"training memory {cost['train_memory']['total'] / 2**20:.1f} MiB  "
+        f"{cost['fit_seconds']:.1f} s  adapter {cost['adapter_bytes']:,} bytes"
+    )
+    return 0
+
+
+def _recipe(cli: RecipeCLI) -> Path:
+    given = cli.config.get("config") or []
+    return Path(str(given[-1])) if given else Path("recipe")
+
+
+def _saved_arguments(argv: Sequence[str]) -> list[str]:
+    """Put a run's own configuration before the arguments of `validate` and `test`."""
+    if "--help" in argv or "-h" in argv:
+        return list(argv)
+    folder = next((Path(value) for flag, value in zip(argv, argv[1:], strict=False) if flag == "--run"), None)
+    if folder is None:
+        raise GraftError("Say which run: `graft test --run runs/NAME`.")
+    config = folder / runs.CONFIG
+    if not config.is_file():
+        raise GraftError(f"{folder} is not the folder of a run ({runs.CONFIG} is missing). Start it with `graft fit`.")
+    return ["--config", str(config), *argv]
+
+
+def _parse(argv: Sequence[str]) -> RecipeCLI:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+            return RecipeCLI(
+                AdaptedTask,
+                L.LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                trainer_class=RecipeTrainer,
+                run=False,
+                args=list(argv),
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                parser_kwargs={"parser_mode": "yaml12", "exit_on_error": False, "prog": "graft fit"},
+            )
+    except jsonargparse.ArgumentError as error:
+        raise explain(str(error)) from error
+
+
+def explain(message: str) -> GraftError:
+    """Turn jsonargparse's many-line message into one line, with the nearest name where a name is wrong."""
+    text = " ".join(message.split())
+    key = next(iter(re.findall(r'[Pp]arser key "([\w.]+)"', text)), "")
+    wrong_class = re.search(
+        r"Expected a dot import path string: ([\w.]+)|Import path ([\w.]+)|no (?:sub)?class .*?named ([\w.]+)", text
+    )
+    option = re.search(
+        r"Problem with given class_path '([\w.]+)': .*?(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", text
+    )
+    if option:
+        cls = _find(option.group(1))
+        names = [n for n in inspect.signature(cls).parameters if n not in ("self", "kwargs")] if cls else []
+        return GraftError(
+            f"'{option.group(2)}' is no setting of {option.group(1).rpartition('.')[2]}.{suggest(option.group(2), names)}"
+        )
+    if wrong_class and key in ("peft", "model", "data"):
+        given = next(g for g in wrong_class.groups() if g)
+        offers = {"peft": list(METHODS), "model": _names(AdaptedTask), "data": _names(L.LightningDataModule)}
+        kind = {"peft": "method", "model": "task", "data": "datamodule"}[key]
+        return unknown(kind, given, offers[key])
+    missing = re.search(r'Key "([\w.]+)" is required', text)
+    if missing:
+        return GraftError(
+            f"The recipe says nothing about '{missing.group(1)}'. Give a recipe with --config, or add it."
+        )
+    text = re.sub(r"Given value type: .*", "", text).replace("Does not validate against any of the Union subtypes ", "")
+    text = re.sub(r"Subtypes: \[.*?\] Errors: ", "", text).replace(" - Expected a <class 'NoneType'>", "")
+    return GraftError(f"{text.strip()} (see `graft fit --help`)")
+
+
+def _names(base: type[Any]) -> list[str]:
+    found: list[str] = []
+    for child in base.__subclasses__():
+        if not child.__module__.startswith("lightning"):
+            found += [child.__name__, *_names(child)] if not inspect.isabstract(child) else _names(child)
+    return found
+
+
+def _find(path: str) -> type[Any] | None:
+    name = path.rpartition(".")[2]
+    if name in METHODS:
+        return METHODS[name]
+    pool = [AdaptedTask, L.LightningDataModule]
+    while pool:
+        cls = pool.pop()
+        if cls.__name__ == name:
+            return cls
+        pool.extend(cls.__subclasses__())
+    return None

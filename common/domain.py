@@ -1,0 +1,77 @@
+"""What a domain hands to the core: names and where to import them from, so that listing needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from common.errors import GraftError, unknown
+
+ENTRY_POINTS = "graft.domains"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One domain.
+
+    Attributes:
+        name: Its name, which is also its folder's.
+        summary: One line.
+        tasks: Public class name to `package.module` of its Lightning modules (subclasses of `AdaptedTask`).
+        data: Public class name to `package.module` of its datamodules.
+        predict: `package.module:function` that runs an exported adapter on the user's files; see
+            `common.exchange.Predictor`.
+    """
+
+    name: str
+    summary: str
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+    predict: str = ""
+
+    def load_task(self, name: str) -> type[Any]:
+        """Import one of the domain's tasks by its public name.
+
+        Raises:
+            GraftError: The domain has no such task.
+        """
+        if name not in self.tasks:
+            raise unknown(f"task of domain {self.name}", name, self.tasks)
+        return getattr(importlib.import_module(self.tasks[name]), name)
+
+    def load_all(self) -> None:
+        """Import every task and datamodule, so that a recipe can name them without their module."""
+        for module in {*self.tasks.values(), *self.data.values()}:
+            importlib.import_module(module)
+
+    def load_predict(self) -> Callable[..., Any]:
+        """Import the function that predicts on the user's files.
+
+        Raises:
+            GraftError: The domain predicts nothing.
+        """
+        if not self.predict:
+            raise GraftError(f"Domain '{self.name}' has no predict. Use the Python API.")
+        module, _, function = self.predict.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+def with_plugins(builtin: Mapping[str, Domain]) -> dict[str, Domain]:
+    """Add the domains that installed packages offer under the entry-point group `graft.domains`.
+
+    Raises:
+        GraftError: An entry point that is not a `Domain`, or whose name is taken.
+    """
+    from importlib.metadata import entry_points
+
+    domains = dict(builtin)
+    for entry in entry_points(group=ENTRY_POINTS):
+        domain = entry.load()
+        if not isinstance(domain, Domain):
+            raise GraftError(f"Entry point '{entry.name}' of group {ENTRY_POINTS} is no common.domain.Domain.")
+        if domain.name in domains:
+            raise GraftError(f"Entry point '{entry.name}' offers domain '{domain.name}', a name that is taken.")
+        domains[domain.name] = domain
+    return domains

@@ -1,0 +1,330 @@
+"""Share what a run learned: an adapter folder that plain `peft` loads, with head, card and certificate; and merging.
+
+An adapter folder holds `adapter_config.json` and `adapter_model.safetensors` (the format of Hugging Face PEFT),
+`head.safetensors`, `graft.json` (what it belongs to), `certificate.json` (how exactly it reloads and merges, measured)
+and `README.md` (the model card). A linear probe has no adapter files; full fine-tuning has `model.safetensors` instead.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+from common import __version__
+from common import card as model_card
+from common.attach import Attached, attach, state_digest, tuner_layers
+from common.checkpoint import LAST, read_checkpoint
+from common.domain import Domain
+from common.errors import GraftError, unknown
+from common.methods import METHODS, MethodSpec
+from common.roles import resolve
+
+if TYPE_CHECKING:
+    from common.task import AdaptedTask, Backbone
+
+GRAFT = "graft.json"
+HEAD = "head.safetensors"
+MODEL = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+CERTIFICATE = "certificate.json"
+RELOAD_TOLERANCE = 1e-5
+MERGE_TOLERANCE = 1e-4
+
+
+def adapter_state(task: AdaptedTask) -> dict[str, Tensor]:
+    """Return the tensors that an export shares beside the head: the adapter's, or the whole model's, or none."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if isinstance(task.backbone, PeftModel):
+        return get_peft_model_state_dict(task.backbone, save_embedding_layers=False)
+    return dict(task.backbone.state_dict()) if task.attached.plan.mode == "full" else {}
+
+
+def adapter_bytes(task: AdaptedTask) -> dict[str, int]:
+    """Return the file sizes of a task's adapter, head and bare backbone, as safetensors."""
+    shared = {name: tensor.contiguous() for name, tensor in adapter_state(task).items()}
+    backbone = sum(size for size, _ in task.attached.params_by_role.values()) * 4
+    return {
+        "adapter_bytes": len(save(shared)) if shared else 0,
+        "head_bytes": len(save(dict(task.head.state_dict()))),
+        "backbone_bytes": backbone,
+    }
+
+
+def rebuild(record: Mapping[str, Any], domains: Mapping[str, Domain]) -> AdaptedTask:
+    """Build the task that a run's record or an adapter's `graft.json` describes, not yet assembled.
+
+    Only names are read from the file; classes come from the registered domains and methods.
+
+    Raises:
+        GraftError: A domain, task or method that is not registered here.
+    """
+    from common.task import OptimSpec
+
+    if record.get("domain") not in domains:
+        raise unknown("domain", str(record.get("domain")), domains)
+    cls = domains[record["domain"]].load_task(record["task"])
+    method = record["method"]
+    if method["class_path"] not in METHODS:
+        raise unknown("method", method["class_path"], METHODS)
+    spec: MethodSpec = METHODS[method["class_path"]](**method["init_args"])
+    task = cls(**record["settings"], peft=spec, optim=OptimSpec(**record["optim"]), seed=record["seed"])
+    task.load_facts(record["facts"])
+    return task
+
+
+def restore(run: Path, record: Mapping[str, Any], domains: Mapping[str, Domain]) -> AdaptedTask:
+    """Build a finished run's task with its trained state, in eval mode."""
+    task = rebuild(record, domains)
+    task.assemble()
+    if task.attached.base_digest != record["base_digest"]:
+        raise GraftError(_wrong_base(task.backbone_name, record["base_digest"], task.attached.base_digest))
+    task.load_trained(read_checkpoint(run / LAST)["state_dict"])
+    return task.eval()  # type: ignore[return-value]
+
+
+def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str, Domain]) -> dict[str, Any]:
+    """Write a finished run's adapter folder.
+
+    Args:
+        run: The run's folder.
+        out: The folder to make; it must not exist.
+        record: The run's `metrics.json`.
+        domains: The registered domains.
+
+    Returns:
+        The certificate: max absolute difference of the outputs after reload with plain `peft`, and after merging.
+
+    Raises:
+        GraftError: `out` exists, the run is not finished, or the reload is not exact (nothing is left then).
+    """
+    task = restore(run, record, domains)
+    with _new_folder(out) as folder:
+        _write_adapter(task, folder)
+        save_file({k: v.contiguous() for k, v in task.head.state_dict().items()}, folder / HEAD)
+        identity = {
+            k: record[k] for k in ("domain", "task", "settings", "facts", "method", "optim", "seed", "base_digest")
+        }
+        _write_json(folder / GRAFT, {"schema": 1, "graft": __version__, **identity, "backbone": record["backbone"]})
+        certificate = _certify(task, folder, domains)
+        _write_json(folder / CERTIFICATE, certificate)
+        (folder / "README.md").write_text(model_card.render(record, certificate, task.usage()))
+    return certificate
+
+
+def _write_adapter(task: AdaptedTask, folder: Path) -> None:
+    from peft import PeftModel
+
+    model = task.backbone
+    if isinstance(model, PeftModel):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns that it finds no hub config, which a timm model never has
+            if getattr(task.peft, "init", "default") in ("pissa", "olora"):
+                with tempfile.TemporaryDirectory() as start:
+                    _fresh(task).backbone.save_pretrained(start, save_embedding_layers=False)  # type: ignore[operator]
+                    model.save_pretrained(
+                        str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=start
+                    )
+            else:
+                model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+    elif task.attached.plan.mode == "full":
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / MODEL)
+
+
+def _fresh(task: AdaptedTask) -> AdaptedTask:
+    """Build the task again as it was before training."""
+    fresh = type(task)(**task.settings, peft=task.peft, optim=task.optim, seed=task.seed)
+    fresh.load_facts(task.describe_facts())
+    fresh.assemble()
+    return fresh
+
+
+def _certify(task: AdaptedTask, folder: Path, domains: Mapping[str, Domain]) -> dict[str, Any]:
+    batch = task.example_batch()
+    reloaded = load(folder, domains)
+    with torch.no_grad():
+        expected = task(batch)
+        reload_error = float((reloaded(batch) - expected).abs().max())
+    if reload_error > RELOAD_TOLERANCE:
+        raise GraftError(
+            f"The export does not reload exactly: outputs differ by {reload_error:.1e} (allowed {RELOAD_TOLERANCE:.0e}). "
+            "Nothing was written."
+        )
+    merge_error, reason = _try_merge(reloaded, batch, expected)
+    return {
+        "reload_max_abs_error": reload_error,
+        "merge_max_abs_error": merge_error,
+        "not_mergeable": reason,
+        "inputs": "seeded random batch",
+        "versions": _versions(),
+    }
+
+
+def _try_merge(task: AdaptedTask, batch: Any, expected: Tensor) -> tuple[float | None, str | None]:  # noqa: ANN401
+    try:
+        task.backbone = merged_backbone(task)
+    except GraftError as error:
+        return None, str(error)
+    with torch.no_grad():
+        return float((task(batch) - expected).abs().max()), None
+
+
+def load(folder: Path, domains: Mapping[str, Domain]) -> AdaptedTask:
+    """Load an adapter folder onto its backbone, ready to predict, in eval mode.
+
+    Raises:
+        GraftError: Not an adapter folder, another base model, or missing or unexpected tensors.
+    """
+    if not (folder / GRAFT).is_file():
+        raise GraftError(
+            f"{folder} is not an adapter folder ({GRAFT} is missing). Write one with `graft export RUN OUT`."
+        )
+    record = json.loads((folder / GRAFT).read_text())
+    task = rebuild(record, domains)
+    task.assemble(lambda built: _attach_folder(built, task.peft, folder, record["base_digest"]))
+    _load_exactly(task.head, load_file(folder / HEAD), "head")
+    return task.eval()  # type: ignore[return-value]
+
+
+def _attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str) -> Attached:
+    """Put the folder's adapter onto the bare backbone with PEFT's own loader, and check that it took."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    import common.tuners  # noqa: F401  (registers the tuner types that PEFT lacks)
+
+    own = state_digest(built.model)
+    if own != digest:
+        raise GraftError(_wrong_base(built.name, digest, own))
+    if not (folder / ADAPTER).is_file():
+        attached = attach(built.model, spec, built.family, name=built.name)
+        if attached.plan.peft_config is not None:
+            raise GraftError(
+                f"{folder} has no {ADAPTER}, which a {type(spec).__name__} adapter needs. Export it again."
+            )
+        if attached.plan.mode == "full":
+            _load_exactly(attached.model, load_file(folder / MODEL), "model")
+        return attached
+    roles = resolve(built.model, built.family) if built.family else None
+    plan = spec.plan(built.model, roles)
+    base_params = sum(p.numel() for p in built.model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing keys only warn in PEFT; they are checked below instead
+        model = PeftModel.from_pretrained(built.model, str(folder))
+    own_keys = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    _compare_keys(set(load_file(folder / ADAPTER)), own_keys, str(folder / ADAPTER))
+    return Attached(model=model, spec=spec, plan=plan, roles=roles, base_digest=digest, base_params=base_params)
+
+
+def _load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    _compare_keys(set(state), set(module.state_dict()), what)
+    module.load_state_dict(dict(state))
+
+
+def _compare_keys(stored: set[str], expected: set[str], what: str) -> None:
+    if stored != expected:
+        raise GraftError(
+            f"{what} does not fit: {len(expected - stored)} tensors missing ({', '.join(sorted(expected - stored)[:3])}), "
+            f"{len(stored - expected)} unexpected ({', '.join(sorted(stored - expected)[:3])}). Export it again."
+        )
+
+
+def merged_backbone(task: AdaptedTask) -> nn.Module:
+    """Return the plain backbone with the adapter merged into its weights; the task's own model is used up.
+
+    Raises:
+        GraftError: The method cannot be merged on this backbone; the message says why.
+    """
+    from peft import PeftModel
+
+    if not isinstance(task.backbone, PeftModel):
+        return task.backbone
+    base = task.backbone.get_base_model()
+    try:
+        # PEFT's own merge_and_unload needs every replaced module to have a `weight`, which a block has not.
+        for name, layer in tuner_layers(base).items():
+            layer.merge(safe_merge=True)  # type: ignore[operator]
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
+        raise GraftError(f"{type(task.peft).__name__} cannot be merged on {task.backbone_name}: {error}") from error
+    return base
+
+
+def merge(folder: Path, out: Path, domains: Mapping[str, Domain]) -> float:
+    """Write an adapter folder's model as plain weights: `model.safetensors` (the library's own names) and the head.
+
+    Returns:
+        Max absolute difference of the outputs, merged against unmerged, on a seeded random batch.
+
+    Raises:
+        GraftError: `out` exists, the method cannot be merged, or the difference exceeds the tolerance.
+    """
+    task = load(folder, domains)
+    batch = task.example_batch()
+    with torch.no_grad():
+        expected = task(batch)
+        task.backbone = merged_backbone(task)
+        error = float((task(batch) - expected).abs().max())
+    if error > MERGE_TOLERANCE:
+        raise GraftError(
+            f"Merging changes the outputs by {error:.1e} (allowed {MERGE_TOLERANCE:.0e}); nothing was written."
+        )
+    with _new_folder(out) as place:
+        save_file({k: v.contiguous() for k, v in task.backbone.state_dict().items()}, place / MODEL)
+        shutil.copy(folder / HEAD, place / HEAD)
+        shutil.copy(folder / GRAFT, place / "source.json")
+        _write_json(place / CERTIFICATE, {"merge_max_abs_error": error, "versions": _versions()})
+    return error
+
+
+class _new_folder:
+    """Fill a folder beside its final name and move it there when all went well; else leave nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> Path:
+        if self.out.exists():
+            raise GraftError(f"{self.out} exists already. Choose another folder, or remove it first.")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}."))
+        except OSError as error:
+            raise GraftError(f"{self.out} cannot be written: {error.strerror}. Choose another folder.") from error
+        return self.folder
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self.folder.chmod(0o755)
+            self.folder.replace(self.out)
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise GraftError(f"{self.out} could not be written: {error.strerror}. Nothing was left.") from error
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"graft": __version__, "torch": torch.__version__, "peft": version("peft")}
+
+
+def _wrong_base(name: str, expected: str, found: str) -> str:
+    return (
+        f"This adapter was trained on other weights of '{name}': digest {expected[:12]} expected, {found[:12]} found. "
+        "Use the backbone that the run was trained on."
+    )

@@ -1,0 +1,33 @@
+"""The catalogue of PEFT methods: one typed spec a method, one file a family of the surveys' taxonomy.
+
+Importing it needs no torch. A method exists because it is named in `METHODS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.methods._base import MethodSpec, ModePolicy, OnModules, Plan
+from common.methods.additive import IA3
+from common.methods.reparameterised import LoRA, VeRA
+from common.methods.selective import BitFit, FullFineTune, LastBlocks, LinearProbe, NormTuning
+
+METHODS: Mapping[str, type[MethodSpec]] = {
+    spec.__name__: spec for spec in (FullFineTune, LinearProbe, BitFit, NormTuning, LastBlocks, LoRA, VeRA, IA3)
+}
+
+__all__ = [
+    "IA3",
+    "METHODS",
+    "BitFit",
+    "FullFineTune",
+    "LastBlocks",
+    "LinearProbe",
+    "LoRA",
+    "MethodSpec",
+    "ModePolicy",
+    "NormTuning",
+    "OnModules",
+    "Plan",
+    "VeRA",
+]

@@ -1,0 +1,134 @@
+"""What a method spec is, and what it hands to `attach`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from jsonargparse import set_parsing_settings
+
+from common.errors import GraftError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from common.roles import RoleMap
+
+ModePolicy = Literal["frozen", "adapted", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a spec wants done to one backbone.
+
+    Attributes:
+        peft_config: The PEFT configuration to inject, or None where the method adds no tuner.
+        targets: Module name to role of every module that the method acts on.
+        mode: `frozen` keeps the whole backbone in eval mode and out of the graph; `adapted` trains with dropout on and
+            the statistics of frozen norms fixed; `full` trains everything.
+        live: Modules whose running statistics train with them (their descendants too).
+    """
+
+    peft_config: PeftConfig | None
+    targets: Mapping[str, str]
+    mode: ModePolicy = "adapted"
+    live: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """One PEFT method and its settings: the typed content of a recipe's `peft:` block.
+
+    A spec is plain data; importing it needs no torch. `plan` is called once the backbone stands.
+    """
+
+    taxonomy: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Resolve the settings against one backbone.
+
+        Args:
+            model: The bare backbone.
+            roles: Its roles, or None for an architecture without a family.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Return the spec as the `class_path` / `init_args` mapping of a recipe."""
+        return {"class_path": type(self).__name__, "init_args": dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnModules(MethodSpec):
+    """A method that acts on chosen modules.
+
+    Args:
+        on: Roles or groups of roles (`attention`, `ffn`, `conv`, `all`, ...); names are resolved per backbone family.
+        target_modules: Exact module names instead of roles, for an architecture that has no family.
+    """
+
+    on: list[str] = field(default_factory=lambda: ["all"])
+    target_modules: list[str] | None = None
+
+    def select(self, model: nn.Module, roles: RoleMap | None) -> dict[str, str]:
+        """Return the chosen modules, name to role (`custom` for names given by hand).
+
+        Raises:
+            GraftError: A name that the model has not, a role that matches nothing, or roles without a family.
+        """
+        if self.target_modules is not None:
+            names = dict(model.named_modules())
+            missing = [name for name in self.target_modules if name not in names]
+            if missing:
+                raise GraftError(
+                    f"target_modules {missing} do not exist in {type(model).__name__}. Give exact names out of "
+                    f"model.named_modules(), such as {list(names)[1:4]}."
+                )
+            return {name: (roles.role_of.get(name, "custom") if roles else "custom") for name in self.target_modules}
+        if roles is None:
+            raise GraftError(
+                f"{type(model).__name__} belongs to no family that Graft knows, so 'on: {self.on}' cannot be resolved. "
+                "Give 'target_modules' with exact module names, or add a family (CONTRIBUTING.md)."
+            )
+        return roles.select(self.on)
+
+
+def require_types(method: str, model: nn.Module, names: Mapping[str, str], allowed: Sequence[str]) -> None:
+    """Refuse modules that a method cannot act on, before anything is wrapped.
+
+    Args:
+        method: The method's name, for the message.
+        model: The backbone.
+        names: Chosen modules, name to role.
+        allowed: Class names out of `torch.nn`; subclasses count.
+    """
+    from torch import nn as torch_nn
+
+    types = tuple(getattr(torch_nn, name) for name in allowed)
+    wrong = {name: model.get_submodule(name) for name in names}
+    wrong = {name: module for name, module in wrong.items() if not isinstance(module, types)}
+    if wrong:
+        name, module = next(iter(wrong.items()))
+        raise GraftError(
+            f"{method} cannot act on '{name}' ({type(module).__name__}, role {names[name]}) and {len(wrong) - 1} more; "
+            f"it takes {', '.join(allowed)}. Choose other roles with 'on', or another method."
+        )
+
+
+def exact(names: Sequence[str]) -> str:
+    """Return a PEFT target pattern that matches these module names and no other.
+
+    PEFT matches a *list* of names by suffix, so that 'norm' would also take 'patch_embed.norm'; a string is matched in
+    full.
+    """
+    return "|".join(re.escape(name) for name in names)
+
+
+# A recipe's `peft:` block names a subclass of this dataclass; jsonargparse has to be told that a dataclass is a base.
+set_parsing_settings(subclasses_enabled=[MethodSpec])

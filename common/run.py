@@ -1,0 +1,246 @@
+"""One run in one folder: fit, resume, test, and the record that both leave behind."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from common import __version__
+from common.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint, read_checkpoint, write_atomically
+from common.cost import CostMeter
+from common.errors import GraftError
+from common.exchange import adapter_bytes
+from common.progress import progress_callbacks
+from common.task import AdaptedTask
+
+METRICS = "metrics.json"
+CONFIG = "config.yaml"
+PREDICTIONS = "predictions.jsonl"
+
+
+def fast_precision() -> str:
+    """Return `bf16-mixed` where this machine computes bfloat16 in hardware, else `32-true`."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16-mixed" if capable else "32-true"
+
+
+def build_trainer(folder: Path, *, save_every: int = 0, **options: Any) -> L.Trainer:  # noqa: ANN401
+    """Build a Lightning trainer with Graft's callbacks.
+
+    Args:
+        folder: The run's folder.
+        save_every: Also write `last.ckpt` after this many steps within an epoch; 0 writes at the end of epochs only.
+        **options: Arguments of `lightning.Trainer`; `precision="auto"` takes `fast_precision()`.
+    """
+    if options.get("precision") == "auto":
+        options["precision"] = fast_precision()
+    own = [LastCheckpoint(folder, save_every), CostMeter(), *progress_callbacks()]
+    given = options.pop("callbacks", None) or []
+    plugins = options.pop("plugins", None) or []
+    defaults = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    defaults |= {"enable_checkpointing": False, "use_distributed_sampler": False, "enable_progress_bar": False}
+    options = defaults | {key: value for key, value in options.items() if value is not None}
+    return L.Trainer(
+        **options,
+        callbacks=[*given, *own],
+        plugins=[*plugins, AtomicCheckpointIO()],
+        default_root_dir=folder,
+    )
+
+
+def fit(
+    task: AdaptedTask,
+    data: L.LightningDataModule,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    save_every: int = 0,
+    config: str | None = None,
+    recipe: str = "",
+    **trainer_options: Any,  # noqa: ANN401
+) -> dict[str, Any]:
+    """Train a task and leave `last.ckpt`, `metrics.json` and (from a recipe) `config.yaml` in the run's folder.
+
+    Args:
+        task: The task.
+        data: Its datamodule.
+        run: The run's folder.
+        resume: Go on from the folder's `last.ckpt`; without one, start.
+        save_every: Steps between checkpoints within an epoch; 0 saves at the end of epochs only.
+        config: The complete configuration as YAML, kept beside the results.
+        recipe: Path of the recipe, for the record.
+        **trainer_options: Arguments of `lightning.Trainer` (`max_epochs`, `precision`, ...).
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        GraftError: The folder holds a run already and `resume` is false, or it cannot be written.
+    """
+    folder = Path(run)
+    last = folder / LAST
+    if not resume and (last.exists() or (folder / METRICS).exists()):
+        raise GraftError(
+            f"{folder} already holds a run. Add --resume to go on with it, or choose another --run folder."
+        )
+    make_folder(folder)
+    if config is not None:
+        write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
+    trainer = build_trainer(folder, save_every=save_every, **trainer_options)
+    start = last if resume and last.exists() else None
+    if start is not None:
+        read_checkpoint(start)  # a damaged file is refused before anything is built
+    trainer.fit(task, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    values = trainer.callback_metrics
+    record = _record(task, data, trainer, recipe)
+    record["val"] = {key.removeprefix("val/"): _number(v) for key, v in values.items() if key.startswith("val/")}
+    write_json(folder / METRICS, record)
+    return record
+
+
+def test(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **trainer_options: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Evaluate a finished run on its test split; adds `test` to `metrics.json` and writes `predictions.jsonl`.
+
+    Args:
+        task: A fresh task of the run's configuration; its trained state is read from `last.ckpt`.
+        data: Its datamodule.
+        run: The run's folder.
+        **trainer_options: Arguments of `lightning.Trainer`.
+
+    Raises:
+        GraftError: The run has not finished, or its checkpoint is of another configuration.
+    """
+    folder = Path(run)
+    record = read_record(folder)
+    read_checkpoint(folder / LAST)
+    trainer = build_trainer(folder, **trainer_options)
+    collect = _Outputs()
+    trainer.callbacks.append(collect)  # type: ignore[attr-defined]
+    trainer.test(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
+    values = trainer.callback_metrics
+    record["test"] = {key.removeprefix("test/"): _number(v) for key, v in values.items() if key.startswith("test/")}
+    rows = task.predictions(torch.cat(collect.outputs), data)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(folder / PREDICTIONS, lambda file: file.write(lines.encode()))
+    write_json(folder / METRICS, record)
+    return record
+
+
+def validate(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **trainer_options: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Evaluate a finished run's `last.ckpt` on its validation split; writes nothing.
+
+    Raises:
+        GraftError: The run has not finished, or its checkpoint is of another configuration.
+    """
+    folder = Path(run)
+    record = read_record(folder)
+    read_checkpoint(folder / LAST)
+    trainer = build_trainer(folder, **trainer_options)
+    trainer.validate(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
+    values = trainer.callback_metrics
+    record["val"] = {key.removeprefix("val/"): _number(v) for key, v in values.items() if key.startswith("val/")}
+    return record
+
+
+class _Outputs(L.Callback):
+    """Keep the test outputs of every batch."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:  # noqa: ANN401
+        """Take the outputs to the CPU."""
+        self.outputs.append(outputs.detach().cpu())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a run's `metrics.json`.
+
+    Raises:
+        GraftError: There is none, so the run never finished (or the folder is no run).
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise GraftError(
+            f"{folder} has no {METRICS}: not a finished run. Finish it with `graft fit --run {folder} --resume`."
+        )
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and prove that it can be written, before an hour of training is spent.
+
+    Raises:
+        GraftError: It cannot be made or written.
+    """
+    write_atomically(folder / ".writable", lambda file: file.write(b""))
+    (folder / ".writable").unlink()
+
+
+def _number(value: Any) -> float:  # noqa: ANN401
+    return float(value.item()) if isinstance(value, Tensor) else float(value)
+
+
+def _record(task: AdaptedTask, data: L.LightningDataModule, trainer: L.Trainer, recipe: str) -> dict[str, Any]:
+    """Gather everything that a reader of the run needs to trust and repeat it."""
+    attached = task.attached
+    head = sum(p.numel() for p in task.head.parameters())
+    in_backbone = sum(p.numel() for p in task.backbone.parameters() if p.requires_grad)
+    total = attached.base_params + head
+    meter = next(callback for callback in trainer.callbacks if isinstance(callback, CostMeter))  # type: ignore[attr-defined]
+    names, mode = task.primary
+    cost = {
+        "params_total": total,
+        "params_trainable": in_backbone + head,
+        "params_trainable_backbone": in_backbone,
+        "params_trainable_head": head,
+        "trainable_percent": 100.0 * (in_backbone + head) / total,
+        "params_by_role": {r: {"total": t, "trainable": n} for r, (t, n) in attached.params_by_role.items()},
+        **meter.report(trainer, task),
+        **adapter_bytes(task),
+    }
+    return {
+        "schema": 1,
+        "recipe": recipe,
+        "domain": task.domain,
+        "task": type(task).__name__,
+        "backbone": task.backbone_name,
+        "base_digest": attached.base_digest,
+        "settings": task.settings,
+        "facts": task.describe_facts(),
+        "method": task.peft.describe(),
+        "optim": task.identity()["optim"],
+        "seed": task.seed,
+        "primary": {"name": names, "mode": mode},
+        "status": "fitted",
+        "val": {},
+        "test": None,
+        "cost": cost,
+        "data": task.describe_data(data),
+        "environment": {
+            "graft": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": L.__version__,
+            "device": str(trainer.strategy.root_device),
+            "threads": torch.get_num_threads(),
+            "precision": str(trainer.precision),
+        },
+    }

@@ -1,0 +1,348 @@
+"""The Lightning module that every domain's tasks subclass once: named slots, optimizer groups, exact resume."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from common import checkpoint as ckpt
+from common.attach import Attached, attach, probe
+from common.errors import GraftError
+from common.loading import mix_seed
+from common.methods import MethodSpec
+from common.roles import Family
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """AdamW (arXiv 1711.05101) with warm-up and cosine decay.
+
+    Args:
+        lr: Peak learning rate of the backbone's trained parameters (adapters, biases, whole layers).
+        head_lr: Peak learning rate of the head; None takes `lr`.
+        weight_decay: Decoupled weight decay; vectors (biases, norms, scales) are never decayed.
+        warmup: Share of all steps over which the rate rises from zero.
+        schedule: `cosine` to zero after the warm-up, or `constant`.
+        layer_decay: Factor by which the rate falls per block from the output to the input (arXiv 2003.10555); 1 is off.
+    """
+
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    layer_decay: float = 1.0
+
+    def check(self) -> None:
+        """Raise one `GraftError` that names every value out of range."""
+        rates = {"lr": self.lr, "head_lr": self.head_lr}
+        problems = [f"{name} is {rate}" for name, rate in rates.items() if rate is not None and rate <= 0]
+        problems += [f"weight_decay is {self.weight_decay}"] if self.weight_decay < 0 else []
+        problems += [f"warmup is {self.warmup} (a share in [0, 1))"] if not 0 <= self.warmup < 1 else []
+        problems += [f"layer_decay is {self.layer_decay} (in (0, 1])"] if not 0 < self.layer_decay <= 1 else []
+        if problems:
+            raise GraftError(f"optim: {'; '.join(problems)}; rates must be above 0. Mend the recipe's 'optim'.")
+
+    def factor(self, step: int, total: int) -> float:
+        """Return the schedule's factor at an optimizer step, 0-based, out of `total`."""
+        warm = round(self.warmup * total)
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What a domain builds: the bare pretrained module, its name and its family of roles."""
+
+    name: str
+    model: nn.Module
+    family: Family | None
+
+
+class AdaptedTask(L.LightningModule):
+    """A backbone with a PEFT method, a head, a loss and metrics.
+
+    A domain fills the slots `build_backbone`, `build_head`, `build_loss`, `build_metrics`, `features`, `targets` and
+    `example_batch`. All of them run in `setup`, when the data is known, each under the task's seed.
+
+    Args:
+        peft: The method.
+        optim: Optimizer and schedule.
+        settings: The subclass's other arguments, as plain values; they identify a run and rebuild the task.
+        seed: Seed of the head, the adapter and every training step.
+        gradient_checkpointing: Recompute the backbone's blocks in the backward pass instead of keeping their activations.
+    """
+
+    domain: ClassVar[str] = ""
+    primary: ClassVar[tuple[str, str]] = ("loss", "min")
+
+    def __init__(
+        self,
+        *,
+        peft: MethodSpec,
+        optim: OptimSpec,
+        settings: Mapping[str, Any],
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        optim.check()
+        self.peft, self.optim, self.seed = peft, optim, seed
+        self.settings = dict(settings)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.strict_loading = False  # our own check is stricter: see on_load_checkpoint
+        self.facts: Any = None
+        self.attached: Attached
+        self.backbone_name = ""
+
+    # ---- slots --------------------------------------------------------------------------------------------------
+
+    def build_backbone(self) -> Backbone:
+        """Build the bare pretrained backbone."""
+        raise NotImplementedError
+
+    def build_head(self) -> nn.Module:
+        """Build the head that reads `features`."""
+        raise NotImplementedError
+
+    def build_loss(self) -> nn.Module:
+        """Build the loss of (head output, targets)."""
+        raise NotImplementedError
+
+    def build_metrics(self) -> MetricCollection:
+        """Build the metrics of (head output, targets)."""
+        raise NotImplementedError
+
+    def features(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Run the attached backbone on a batch."""
+        raise NotImplementedError
+
+    def targets(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Return a batch's targets."""
+        raise NotImplementedError
+
+    def example_batch(self) -> Any:  # noqa: ANN401
+        """Make a small random batch, the same at every call: for the liveness probe and an export's certificate."""
+        raise NotImplementedError
+
+    def describe_facts(self) -> dict[str, Any]:
+        """Return `facts` as plain values, as `load_facts` takes them."""
+        raise NotImplementedError
+
+    def load_facts(self, facts: Mapping[str, Any]) -> None:
+        """Set `facts` from plain values, where there is no datamodule (export, predict)."""
+        raise NotImplementedError
+
+    def describe_data(self, data: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Return the data's name, split digest and sizes (`train`, `val`, `test`), for the run's record."""
+        raise NotImplementedError
+
+    def predictions(self, outputs: Tensor, data: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+        """Return one plain row per test example from the head's outputs, for `predictions.jsonl`."""
+        raise NotImplementedError
+
+    def usage(self) -> str:
+        """Return Python lines that load this task's export with plain libraries, for the model card."""
+        raise NotImplementedError
+
+    # ---- building -----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build everything, once the datamodule is set up and its facts are known."""
+        if hasattr(self, "backbone"):
+            return
+        self.facts = self.trainer.datamodule.facts  # type: ignore[attr-defined]
+        self.assemble()
+        probe(self.attached, lambda: self.features(self.example_batch()))
+        self._expected_state = self._state_keys()
+
+    def assemble(self, attach_with: Callable[[Backbone], Attached] | None = None) -> None:
+        """Build backbone, method, head, loss and metrics out of `facts`.
+
+        Args:
+            attach_with: Puts the method onto the backbone; by default this task's spec does, with a fresh start.
+        """
+        built = self.build_backbone()
+        self.backbone_name = built.name
+        if self.gradient_checkpointing:
+            self._switch_checkpointing(built.model)
+        if attach_with is None:
+            self.attached = attach(built.model, self.peft, built.family, seed=mix_seed(self.seed, 1), name=built.name)
+        else:
+            self.attached = attach_with(built)
+        self.backbone = self.attached.model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, 2))
+            self.head = self.build_head()
+        self.loss = self.build_loss()
+        metrics = self.build_metrics()
+        self.val_metrics, self.test_metrics = metrics.clone(), metrics.clone()
+
+    @staticmethod
+    def _switch_checkpointing(model: nn.Module) -> None:
+        switch = getattr(model, "set_grad_checkpointing", None) or getattr(model, "gradient_checkpointing_enable", None)
+        if switch is None:
+            raise GraftError(
+                f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing to false."
+            )
+        switch()
+
+    def train(self, mode: bool = True) -> AdaptedTask:
+        """Set train or eval mode, the backbone by its method's policy."""
+        super().train(mode)
+        if hasattr(self, "attached"):
+            self.attached.train(mode)
+        return self
+
+    # ---- steps --------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Return the head's output for a batch."""
+        with self.attached.grad_mode():
+            features = self.features(batch)
+        return self.head(features)
+
+    def compute_loss(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Return the scalar training loss of a batch."""
+        return self.loss(self(batch), self.targets(batch))
+
+    def on_fit_start(self) -> None:
+        """Set the modes: since Lightning 2.2 a module trains in whatever mode it arrives."""
+        self.train()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Seed the step, so that a resumed run draws what the uninterrupted one would have drawn."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(mix_seed(self.seed, 3, self.trainer.global_rank, step))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """Compute the loss of one batch."""
+        loss = self.compute_loss(batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch[0]))
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Update the validation metrics."""
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """Update the test metrics and return the outputs, for the run's predictions."""
+        return self._evaluate(batch, "test", self.test_metrics)
+
+    def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:  # noqa: ANN401
+        output, targets = self(batch).float(), self.targets(batch)
+        metrics.update(output, targets)
+        options = {"on_step": False, "on_epoch": True, "batch_size": len(batch[0])}
+        self.log(f"{stage}/loss", self.loss(output, targets), **options)
+        self.log_dict({f"{stage}/{name}": metric for name, metric in metrics.items()}, prog_bar=True, **options)
+        return output
+
+    # ---- optimizer ----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401
+        """Build AdamW over the groups and its schedule."""
+        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.optim.lr)
+        total = self._total_steps()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Group the trainable parameters by learning rate and weight decay (head, adapter, depth; vectors undecayed)."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        head_lr = self.optim.head_lr if self.optim.head_lr is not None else self.optim.lr
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rate = self.optim.lr * self._depth_factor(name) if name.startswith("backbone.") else head_lr
+            decay = self.optim.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+    def _depth_factor(self, name: str) -> float:
+        blocks = self.attached.roles.blocks if self.attached.roles else ()
+        if self.optim.layer_decay == 1.0 or not blocks:
+            return 1.0
+        inner = name.removeprefix("backbone.").removeprefix("base_model.model.")
+        for depth, block in enumerate(blocks):
+            if inner.startswith(f"{block}."):
+                return self.optim.layer_decay ** (len(blocks) - depth)
+        owner = inner.rpartition(".")[0]
+        first = not owner or (self.attached.roles and self.attached.roles.role_of.get(owner) in ("stem", "embed"))
+        return self.optim.layer_decay ** (len(blocks) + 1) if first else 1.0
+
+    def _total_steps(self) -> int:
+        """Count the optimizer steps of the whole fit.
+
+        Reading Lightning's own estimate would build the loaders early and drop a resumed loader's position.
+        """
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1))
+
+    # ---- checkpoint ---------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree with to be loaded into this task."""
+        return {
+            "task": type(self).__name__,
+            "settings": self.settings,
+            "facts": self.describe_facts(),
+            "base_digest": self.attached.base_digest,
+            "peft": self.peft.describe(),
+            "optim": asdict(self.optim),
+            "seed": self.seed,
+        }
+
+    def _state_keys(self) -> set[str]:
+        was_training = self.training
+        self.train()
+        keys = ckpt.state_keys(self)
+        self.train(was_training)
+        return keys
+
+    def load_trained(self, state: Mapping[str, Tensor]) -> None:
+        """Put a checkpoint's trained tensors into this task, all of them or none.
+
+        Raises:
+            GraftError: The tensors are not exactly this task's.
+        """
+        ckpt.check_state(state, self, self._state_keys())
+        self.load_state_dict(state, strict=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trained state only, and say what it belongs to."""
+        keys = self._expected_state
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in keys}
+        checkpoint["graft"] = self.identity()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another backbone, method or configuration.
+
+        Raises:
+            GraftError: What differs, by name.
+        """
+        mine, theirs = self.identity(), checkpoint["graft"]
+        wrong = [
+            f"{key} is {mine[key]!r} here and {theirs.get(key)!r} in the checkpoint"
+            for key in mine
+            if theirs.get(key) != mine[key]
+        ]
+        if wrong:
+            raise GraftError(
+                f"This checkpoint belongs to another run: {'; '.join(wrong)}. Use that run's configuration."
+            )
+        ckpt.check_state(checkpoint["state_dict"], self, self._expected_state)

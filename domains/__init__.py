@@ -1,0 +1,10 @@
+"""The built-in domains, one line each. Importing this package needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.domain import Domain
+from domains import vision
+
+DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (vision.DOMAIN,)}

@@ -1,0 +1,188 @@
+"""The Lightning modules of the vision domain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+
+from common.methods import MethodSpec
+from common.task import AdaptedTask, OptimSpec
+from domains.vision.backbones import VisionBackbone, build, tokens
+from domains.vision.data import ImageBatch, ImageFacts
+from domains.vision.heads import HeadKind, PooledHead, Pooling
+from domains.vision.starters import STARTERS
+
+
+class ImageClassification(AdaptedTask):
+    """Classify images into one class each.
+
+    Args:
+        backbone: A starter's name or a timm model's.
+        peft: The PEFT method.
+        optim: Optimizer and schedule.
+        pooling: How tokens become one vector; see `PooledHead`.
+        head: `linear` or `mlp`.
+        hidden: Width of the MLP head's hidden layer.
+        depth: Keep only the first blocks of a ViT.
+        pretrained: Start from pretrained weights.
+        weights: A local state dict for a timm model, instead of the hub's.
+        label_smoothing: Share of the target mass spread over all classes.
+        seed: Seed of head, adapter and training steps.
+        gradient_checkpointing: Recompute blocks in the backward pass.
+    """
+
+    domain: ClassVar[str] = "vision"
+    primary: ClassVar[tuple[str, str]] = ("accuracy", "max")
+    facts: ImageFacts
+
+    def __init__(
+        self,
+        backbone: str,
+        peft: MethodSpec,
+        optim: OptimSpec = OptimSpec(),  # noqa: B008  (frozen)
+        pooling: Pooling = "auto",
+        head: HeadKind = "linear",
+        hidden: int = 256,
+        depth: int | None = None,
+        pretrained: bool = True,
+        weights: str | None = None,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        settings = {
+            "backbone": backbone,
+            "pooling": pooling,
+            "head": head,
+            "hidden": hidden,
+            "depth": depth,
+            "pretrained": pretrained,
+            "weights": weights,
+            "label_smoothing": label_smoothing,
+        }
+        super().__init__(
+            peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing
+        )
+        self._built: VisionBackbone
+
+    def build_backbone(self) -> VisionBackbone:
+        """Build the named backbone at the data's image size."""
+        wanted = {key: self.settings[key] for key in ("pretrained", "weights", "depth")}
+        self._built = build(self.settings["backbone"], self.facts.image_size, **wanted)
+        self.register_buffer("mean", torch.tensor(self._built.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self._built.std).view(3, 1, 1), persistent=False)
+        return self._built
+
+    def build_head(self) -> nn.Module:
+        """Build pooling and classifier."""
+        return PooledHead(
+            self._built.width,
+            self._built.prefix_tokens,
+            len(self.facts.class_names),
+            pooling=self.settings["pooling"],
+            kind=self.settings["head"],
+            hidden=self.settings["hidden"],
+        )
+
+    def build_loss(self) -> nn.Module:
+        """Build the cross-entropy."""
+        return nn.CrossEntropyLoss(label_smoothing=self.settings["label_smoothing"])
+
+    def build_metrics(self) -> MetricCollection:
+        """Build top-1, top-5 (with more than five classes), macro F1 and calibration error (15 bins)."""
+        classes = len(self.facts.class_names)
+        metrics: dict[str, Any] = {
+            "accuracy": MulticlassAccuracy(classes, average="micro"),
+            "macro_f1": MulticlassF1Score(classes, average="macro"),
+            "ece": MulticlassCalibrationError(classes, n_bins=15),
+        }
+        if classes > 5:
+            metrics["top5"] = MulticlassAccuracy(classes, top_k=5, average="micro")
+        return MetricCollection(metrics, compute_groups=False)
+
+    def features(self, batch: ImageBatch) -> Tensor:
+        """Return the backbone's tokens (B, N, C) for uint8 images (B, 3, H, W)."""
+        images = (batch[0].to(self.mean.dtype) / 255.0 - self.mean) / self.std  # type: ignore[operator]
+        return tokens(self.backbone, images)
+
+    def targets(self, batch: ImageBatch) -> Tensor:
+        """Return the labels (B,)."""
+        return batch[1]
+
+    def example_batch(self) -> ImageBatch:
+        """Make two seeded noise images."""
+        size = self.facts.image_size
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+        labels = torch.tensor([0, 1])
+        device = next(self.backbone.parameters()).device
+        return ImageBatch(images.to(device), labels.to(device), labels.to(device))
+
+    def describe_facts(self) -> dict[str, Any]:
+        """Return image size and class names."""
+        return {"image_size": self.facts.image_size, "class_names": list(self.facts.class_names)}
+
+    def load_facts(self, facts: Mapping[str, Any]) -> None:
+        """Set image size and class names from an adapter's record."""
+        self.facts = ImageFacts(
+            image_size=facts["image_size"],
+            class_names=tuple(facts["class_names"]),
+            name="",
+            digest="",
+            counts={},
+            skipped=0,
+        )
+
+    def describe_data(self, data: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Return name, digest, sizes, classes and the number of skipped images."""
+        facts = self.facts
+        return {
+            "name": facts.name,
+            "digest": facts.digest,
+            **facts.counts,
+            "classes": list(facts.class_names),
+            "skipped": facts.skipped,
+        }
+
+    def predictions(self, outputs: Tensor, data: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+        """Return id, label, prediction, probability and file of each test image."""
+        probabilities = outputs.softmax(dim=-1)
+        top, index = probabilities.max(dim=-1)
+        names = self.facts.class_names
+        return [
+            {
+                "id": record.id,
+                "label": names[record.label],
+                "prediction": names[int(i)],
+                "probability": round(float(p), 6),
+                "path": str(record.path),
+            }
+            for record, p, i in zip(data.records("test"), top, index, strict=True)
+        ]
+
+    def usage(self) -> str:
+        """Return lines that load the export with timm, peft and safetensors."""
+        name, size = self.settings["backbone"], self.facts.image_size
+        if name in STARTERS:
+            base = f"from domains.vision.backbones import build  # Graft converts this starter's weights\nbase = build({name!r}, {size}).model"
+        else:
+            base = f"import timm\nbase = timm.create_model({name!r}, pretrained=True, num_classes=0)"
+        tuned = "model = PeftModel.from_pretrained(base, FOLDER).eval()"
+        if self.attached.plan.peft_config is None:
+            tuned = "model = base.eval()  # see model.safetensors after full fine-tuning"
+        own = (
+            "import common.tuners  # registers this tuner type with peft\n"
+            if type(self.peft).__name__ == "BitFit"
+            else ""
+        )
+        return (
+            f"from peft import PeftModel\nfrom safetensors.torch import load_file\n{own}{base}\n{tuned}\n"
+            f'head = load_file(f"{{FOLDER}}/head.safetensors")\n'
+            f"# inputs: RGB in [0, 1], {size} x {size}, normalised by mean {self._built.mean} and std {self._built.std}\n"
+            "tokens = model.forward_features(images)\n"
+        )
