@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from common.errors import GraftError
 
@@ -21,17 +22,13 @@ from common.errors import GraftError
 class Loader(yaml.SafeLoader):
     """A `SafeLoader` with the plain scalars of YAML 1.2 and without repeated keys."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a mapping, refusing a key that is written twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key.value}' is given twice", key.start_mark
-                    )
+                    raise ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -41,6 +38,7 @@ class Loader(yaml.SafeLoader):
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
 
+Loader.yaml_implicit_resolvers = {}  # none of version 1.1's
 Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from common.errors import GraftError
 from common.methods import MethodSpec, Plan
 from common.roles import Family, RoleMap, resolve
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,7 @@ def attach(
     backbone.requires_grad_(plan.mode == "full")
     model = backbone
     if plan.peft_config is not None:
-        model = _wrap(backbone, plan, seed)
+        model = _wrap(backbone, plan.peft_config, seed)
     trainable = _trainable_by_role(model, plan, roles)
     by_role = {role: (totals.get(role, 0), trainable.get(role, 0)) for role in {**totals, **trainable}}
     return Attached(
@@ -97,21 +101,22 @@ def attach(
     )
 
 
-def tuner_layers(model: nn.Module) -> dict[str, nn.Module]:
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
     """Return PEFT's adapted layers by their full name in `model`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _wrap(backbone: nn.Module, plan: Plan, seed: int) -> nn.Module:
+def _wrap(backbone: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT warns of layers whose sizes it does not know; whether an adapter works is what `probe` finds out.
         warnings.filterwarnings("ignore", message="Unsupported layer type.*")
         torch.manual_seed(seed)
-        return get_peft_model(backbone, plan.peft_config)  # type: ignore[arg-type]
+        # PEFT's annotations ask for a transformers model; it takes any module.
+        return get_peft_model(cast("Any", backbone), config)
 
 
 def state_digest(model: nn.Module) -> str:
@@ -194,7 +199,7 @@ def probe(attached: Attached, features: Callable[[], Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _calls(layers: dict[str, nn.Module]) -> Iterator[set[str]]:
+def _calls(layers: Mapping[str, nn.Module]) -> Generator[set[str]]:
     called: set[str] = set()
     handles = []
     for name, layer in layers.items():

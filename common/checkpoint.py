@@ -115,7 +115,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint atomically; see `write_atomically`."""
         write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
 
-    def load_checkpoint(  # type: ignore[override]
+    def load_checkpoint(
         self,
         path: str | os.PathLike[str],
         map_location: Any = "cpu",  # noqa: ANN401

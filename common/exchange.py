@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file, save, save_file
@@ -89,7 +89,8 @@ def restore(run: Path, record: Mapping[str, Any], domains: Mapping[str, Domain])
     if task.attached.base_digest != record["base_digest"]:
         raise GraftError(_wrong_base(task.backbone_name, record["base_digest"], task.attached.base_digest))
     task.load_trained(read_checkpoint(run / LAST)["state_dict"])
-    return task.eval()  # type: ignore[return-value]
+    task.eval()
+    return task
 
 
 def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _write_adapter(task: AdaptedTask, folder: Path) -> None:
             warnings.simplefilter("ignore")  # PEFT warns that it finds no hub config, which a timm model never has
             if getattr(task.peft, "init", "default") in ("pissa", "olora"):
                 with tempfile.TemporaryDirectory() as start:
-                    _fresh(task).backbone.save_pretrained(start, save_embedding_layers=False)  # type: ignore[operator]
+                    cast("PeftModel", _fresh(task).backbone).save_pretrained(start, save_embedding_layers=False)
                     model.save_pretrained(
                         str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=start
                     )
@@ -193,7 +194,8 @@ def load(folder: Path, domains: Mapping[str, Domain]) -> AdaptedTask:
     task = rebuild(record, domains)
     task.assemble(lambda built: _attach_folder(built, task.peft, folder, record["base_digest"]))
     _load_exactly(task.head, load_file(folder / HEAD), "head")
-    return task.eval()  # type: ignore[return-value]
+    task.eval()
+    return task
 
 
 def _attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str) -> Attached:
@@ -252,9 +254,9 @@ def merged_backbone(task: AdaptedTask) -> nn.Module:
     try:
         # PEFT's own merge_and_unload needs every replaced module to have a `weight`, which a block has not.
         for name, layer in tuner_layers(base).items():
-            layer.merge(safe_merge=True)  # type: ignore[operator]
+            layer.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer.get_base_layer())  # type: ignore[operator]
+            setattr(base.get_submodule(parent), child, layer.get_base_layer())
     except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
         raise GraftError(f"{type(task.peft).__name__} cannot be merged on {task.backbone_name}: {error}") from error
     return base

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sized
+from collections.abc import Generator, Iterator, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from torch.distributed import is_available
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import GraftError
@@ -33,10 +34,10 @@ def mix_seed(*parts: int) -> int:
 
 
 @contextlib.contextmanager
-def item_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
+def item_rng(seed: int, epoch: int, index: int) -> Generator[None]:
     """Draw torch's CPU random numbers from `(seed, epoch, index)` inside the block, and restore the RNG after it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix_seed(seed, epoch, index))
+        torch.default_generator.manual_seed(mix_seed(seed, epoch, index))  # the CPU's alone, unlike manual_seed
         yield
 
 
@@ -54,9 +55,12 @@ class EpochBatchSampler(Sampler[list[int]]):
             raise GraftError("The training split is empty; give at least one training example.")
         self.size, self.batch_size, self.seed, self.drop_last = size, batch_size, seed, drop_last
         self.epoch = 0
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = torch.distributed.get_rank() if distributed else 0
-        self.world = torch.distributed.get_world_size() if distributed else 1
+        self.rank, self.world = _place()
+
+    @property
+    def sampler(self) -> EpochBatchSampler:
+        """This sampler again: Lightning announces each epoch to `loader.batch_sampler.sampler` and nowhere else."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration yields."""
@@ -70,10 +74,21 @@ class EpochBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = cast("list[int]", torch.randperm(self.size, generator=generator).tolist())
-        order += order[: -self.size % self.world]
+        padded = self.size + -self.size % self.world
+        order = (order * -(-padded // self.size))[:padded]
         mine = order[self.rank :: self.world]
         for batch in range(len(self)):
             yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def _place() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    if is_available():
+        from torch.distributed import get_rank, get_world_size, is_initialized
+
+        if is_initialized():
+            return get_rank(), get_world_size()
+    return 0, 1
 
 
 class StatefulLoader(DataLoader[Any]):
@@ -85,26 +100,22 @@ class StatefulLoader(DataLoader[Any]):
     def __init__(self, dataset: Dataset[Any], sampler: EpochBatchSampler, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(dataset, batch_sampler=sampler, **kwargs)
         self._epochs = sampler
+        self._options = kwargs
         self._taken = 0
-        self._resume_at = 0
+        self._resume: dict[str, int] | None = None
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:  # ty: ignore[incompatible-method-override]
         # A generator on purpose: Lightning asks for the iterator before it announces the epoch, and nothing here may
         # run before the first batch is asked for.
         dataset = self.dataset
         if isinstance(dataset, EpochSeeded):
             dataset.set_epoch(self._epochs.epoch)
-        skip, self._resume_at = self._resume_at, 0
+        # A position belongs to its epoch: one stored at an epoch's end says nothing about the next.
+        resume, self._resume = self._resume, None
+        skip = resume["taken"] if resume and resume["epoch"] == self._epochs.epoch else 0
         self._taken = skip
         remaining = _Skipping(self._epochs, skip)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=remaining,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
-        )
-        for batch in loader:
+        for batch in DataLoader(dataset, batch_sampler=remaining, **self._options):
             self._taken += 1
             yield batch
 
@@ -124,7 +135,7 @@ class StatefulLoader(DataLoader[Any]):
         if wrong:
             raise GraftError(f"This checkpoint cannot resume: {'; '.join(wrong)}. Use the run's own configuration.")
         self._epochs.set_epoch(state["epoch"])
-        self._resume_at = state["taken"]
+        self._resume = {"epoch": state["epoch"], "taken": state["taken"]}
 
     def _identity(self) -> dict[str, int]:
         sampler = self._epochs

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
 from common import __version__
@@ -33,28 +34,30 @@ def fast_precision() -> str:
     return "bf16-mixed" if capable else "32-true"
 
 
-def build_trainer(folder: Path, *, save_every: int = 0, **options: Any) -> L.Trainer:  # noqa: ANN401
-    """Build a Lightning trainer with Graft's callbacks.
+def build_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:  # noqa: ANN401
+    """Build a Lightning trainer with Graft's defaults, progress display and checkpoint format.
 
     Args:
         folder: The run's folder.
-        save_every: Also write `last.ckpt` after this many steps within an epoch; 0 writes at the end of epochs only.
+        *callbacks: Callbacks of this run, beside those in `options`.
         **options: Arguments of `lightning.Trainer`; `precision="auto"` takes `fast_precision()`.
     """
     if options.get("precision") == "auto":
         options["precision"] = fast_precision()
-    own = [LastCheckpoint(folder, save_every), CostMeter(), *progress_callbacks()]
-    given = options.pop("callbacks", None) or []
-    plugins = options.pop("plugins", None) or []
-    defaults = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    defaults |= {"enable_checkpointing": False, "use_distributed_sampler": False, "enable_progress_bar": False}
-    options = defaults | {key: value for key, value in options.items() if value is not None}
-    return L.Trainer(
-        **options,
-        callbacks=[*given, *own],
-        plugins=[*plugins, AtomicCheckpointIO()],
-        default_root_dir=folder,
-    )
+    progress = progress_callbacks()
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    given["callbacks"] = [*given.get("callbacks", []), *callbacks, *progress]
+    given["plugins"] = [*given.get("plugins", []), AtomicCheckpointIO()]
+    defaults: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,  # LastCheckpoint does it
+        "enable_model_summary": False,
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in progress),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # our loaders split the data over ranks themselves
+        "default_root_dir": folder,
+    }
+    return L.Trainer(**(defaults | given))
 
 
 def fit(
@@ -95,7 +98,8 @@ def fit(
     make_folder(folder)
     if config is not None:
         write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
-    trainer = build_trainer(folder, save_every=save_every, **trainer_options)
+    meter = CostMeter()
+    trainer = build_trainer(folder, LastCheckpoint(folder, save_every), meter, **trainer_options)
     start = last if resume and last.exists() else None
     if start is not None:
         read_checkpoint(start)  # a damaged file is refused before anything is built
@@ -103,7 +107,7 @@ def fit(
     if trainer.interrupted:
         raise KeyboardInterrupt
     values = trainer.callback_metrics
-    record = _record(task, data, trainer, recipe)
+    record = _record(task, data, trainer, meter, recipe)
     record["val"] = {key.removeprefix("val/"): _number(v) for key, v in values.items() if key.startswith("val/")}
     write_json(folder / METRICS, record)
     return record
@@ -124,9 +128,8 @@ def test(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **trai
     folder = Path(run)
     record = read_record(folder)
     read_checkpoint(folder / LAST)
-    trainer = build_trainer(folder, **trainer_options)
     collect = _Outputs()
-    trainer.callbacks.append(collect)  # type: ignore[attr-defined]
+    trainer = build_trainer(folder, collect, **trainer_options)
     trainer.test(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
     values = trainer.callback_metrics
     record["test"] = {key.removeprefix("test/"): _number(v) for key, v in values.items() if key.startswith("test/")}
@@ -159,7 +162,14 @@ class _Outputs(L.Callback):
     def __init__(self) -> None:
         self.outputs: list[Tensor] = []
 
-    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *args: Any) -> None:  # noqa: ANN401
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         """Take the outputs to the CPU."""
         self.outputs.append(outputs.detach().cpu())
 
@@ -198,14 +208,15 @@ def _number(value: Any) -> float:  # noqa: ANN401
     return float(value.item()) if isinstance(value, Tensor) else float(value)
 
 
-def _record(task: AdaptedTask, data: L.LightningDataModule, trainer: L.Trainer, recipe: str) -> dict[str, Any]:
+def _record(
+    task: AdaptedTask, data: L.LightningDataModule, trainer: L.Trainer, meter: CostMeter, recipe: str
+) -> dict[str, Any]:
     """Gather everything that a reader of the run needs to trust and repeat it."""
     attached = task.attached
     head = sum(p.numel() for p in task.head.parameters())
     in_backbone = sum(p.numel() for p in task.backbone.parameters() if p.requires_grad)
     total = attached.base_params + head
-    meter = next(callback for callback in trainer.callbacks if isinstance(callback, CostMeter))  # type: ignore[attr-defined]
-    names, mode = task.primary
+    name, mode = task.primary
     cost = {
         "params_total": total,
         "params_trainable": in_backbone + head,
@@ -228,7 +239,7 @@ def _record(task: AdaptedTask, data: L.LightningDataModule, trainer: L.Trainer, 
         "method": task.peft.describe(),
         "optim": task.identity()["optim"],
         "seed": task.seed,
-        "primary": {"name": names, "mode": mode},
+        "primary": {"name": name, "mode": mode},
         "status": "fitted",
         "val": {},
         "test": None,

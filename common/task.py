@@ -103,6 +103,7 @@ class AdaptedTask(L.LightningModule):
         self.strict_loading = False  # our own check is stricter: see on_load_checkpoint
         self.facts: Any = None
         self.attached: Attached
+        self._expected_state: set[str] = set()
         self.backbone_name = ""
 
     # ---- slots --------------------------------------------------------------------------------------------------
@@ -161,10 +162,17 @@ class AdaptedTask(L.LightningModule):
         """Build everything, once the datamodule is set up and its facts are known."""
         if hasattr(self, "backbone"):
             return
-        self.facts = self.trainer.datamodule.facts  # type: ignore[attr-defined]
+        self.facts = self._datamodule().facts
         self.assemble()
         probe(self.attached, lambda: self.features(self.example_batch()))
         self._expected_state = self._state_keys()
+
+    def _datamodule(self) -> Any:  # noqa: ANN401
+        """Return the trainer's datamodule, whose `facts` a task is built from."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise GraftError("The trainer has no datamodule. Fit a task with a datamodule, not with bare loaders.")
+        return data
 
     def assemble(self, attach_with: Callable[[Backbone], Attached] | None = None) -> None:
         """Build backbone, method, head, loss and metrics out of `facts`.
@@ -242,9 +250,10 @@ class AdaptedTask(L.LightningModule):
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:  # noqa: ANN401
         output, targets = self(batch).float(), self.targets(batch)
         metrics.update(output, targets)
-        options = {"on_step": False, "on_epoch": True, "batch_size": len(batch[0])}
-        self.log(f"{stage}/loss", self.loss(output, targets), **options)
-        self.log_dict({f"{stage}/{name}": metric for name, metric in metrics.items()}, prog_bar=True, **options)
+        size = len(batch[0])
+        self.log(f"{stage}/loss", self.loss(output, targets), on_step=False, on_epoch=True, batch_size=size)
+        named = {f"{stage}/{name}": metric for name, metric in metrics.items()}
+        self.log_dict(named, prog_bar=True, on_step=False, on_epoch=True, batch_size=size)
         return output
 
     # ---- optimizer ----------------------------------------------------------------------------------------------
@@ -277,7 +286,8 @@ class AdaptedTask(L.LightningModule):
             if inner.startswith(f"{block}."):
                 return self.optim.layer_decay ** (len(blocks) - depth)
         owner = inner.rpartition(".")[0]
-        first = not owner or (self.attached.roles and self.attached.roles.role_of.get(owner) in ("stem", "embed"))
+        roles = self.attached.roles
+        first = not owner or (roles is not None and roles.role_of.get(owner) in ("stem", "embed"))
         return self.optim.layer_decay ** (len(blocks) + 1) if first else 1.0
 
     def _total_steps(self) -> int:
@@ -288,7 +298,7 @@ class AdaptedTask(L.LightningModule):
         trainer = self.trainer
         if trainer.max_steps > 0:
             return trainer.max_steps
-        batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        batches = len(self._datamodule().train_dataloader())
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return max(1, math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1))

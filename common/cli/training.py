@@ -38,7 +38,7 @@ class RecipeTrainer(L.Trainer):
     """
 
     def __init__(self, *, precision: Precision = "auto", **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
+        super().__init__(precision=precision, **kwargs)  # ty: ignore[invalid-argument-type]
 
 
 class RecipeCLI(LightningCLI):
@@ -192,7 +192,7 @@ def _find(path: str) -> type[Any] | None:
     name = path.rpartition(".")[2]
     if name in METHODS:
         return METHODS[name]
-    pool = [AdaptedTask, L.LightningDataModule]
+    pool: list[type[Any]] = [AdaptedTask, L.LightningDataModule]
     while pool:
         cls = pool.pop()
         if cls.__name__ == name:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from common.errors import GraftError
 from common.methods._base import OnModules, Plan, exact, require_types
@@ -56,7 +56,7 @@ class LoRA(OnModules):
             _refuse_convolution_the_engine_gets_wrong(name, model.get_submodule(name))
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha if self.alpha is not None else 2 * self.rank,  # pyright: ignore
+            lora_alpha=cast("int", self.alpha if self.alpha is not None else 2 * self.rank),  # PEFT takes any number
             target_modules=exact(list(targets)),
             lora_dropout=self.dropout,
             use_rslora=self.rslora,

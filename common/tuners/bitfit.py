@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -32,7 +32,7 @@ class BitFitConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Set the type by which PEFT finds the tuner."""
         super().__post_init__()
-        self.peft_type = BITFIT  # type: ignore[assignment]
+        self.peft_type = BITFIT
 
 
 class BitFitLayer(nn.Module, BaseTunerLayer):
@@ -41,7 +41,7 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
     The layer's own forward runs with the bias exchanged, so convolutions, norms and linear layers need no code each.
     """
 
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("bitfit_bias",)  # type: ignore[misc]
+    adapter_layer_names: tuple[str, ...] = ("bitfit_bias",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, inference_mode: bool = False) -> None:
         super().__init__()
@@ -113,17 +113,17 @@ class BitFitModel(BaseTuner):
 
     prefix: str = "bitfit_"
     tuner_layer_cls = BitFitLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT declares it so)
 
     def _create_and_replace(
         self,
-        peft_config: BitFitConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,  # noqa: ANN401
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, BitFitLayer):
             target.update_layer(adapter_name, peft_config.inference_mode)

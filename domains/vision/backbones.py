@@ -97,7 +97,8 @@ FAMILIES: dict[str, Family] = {
     "MobileNetV3": EFFICIENTNET,
     "ResNet": RESNET,
 }
-SIZED = ("VisionTransformer", "VisionTransformerDistilled", "Beit", "Eva", "SwinTransformer", "SwinTransformerV2")
+# Modules of timm whose models are built for one input size and take it as `img_size`.
+SIZED = ("vision_transformer", "deit", "beit", "eva", "swin_transformer", "swin_transformer_v2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,11 +172,8 @@ def _timm_model(name: str, image_size: int, *, pretrained: bool, weights: str | 
     model = _create(name, image_size, {})
     state = read_weights(Path(weights))
     own = model.state_dict()
-    state = {
-        key: tensor
-        for key, tensor in state.items()
-        if key in own or not key.startswith(("head.", "classifier.", "fc."))
-    }
+    classifier = ("head.", "classifier.", "fc.")
+    state = {key: tensor for key, tensor in state.items() if key in own or not key.startswith(classifier)}
     wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         raise GraftError(
@@ -189,15 +187,7 @@ def _create(name: str, image_size: int, args: dict[str, Any], *, pretrained: boo
     """Create a timm model without classifier, at the wanted input size where its architecture is built for one."""
     from timm.models import model_entrypoint
 
-    module = model_entrypoint(name).__module__
-    sized = module.rsplit(".", 1)[-1] in (
-        "vision_transformer",
-        "deit",
-        "beit",
-        "eva",
-        "swin_transformer",
-        "swin_transformer_v2",
-    )
+    sized = model_entrypoint(name).__module__.rpartition(".")[2] in SIZED
     options = {"img_size": image_size} if sized else {}
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **(options | args))

@@ -124,8 +124,9 @@ class ImageClassification(AdaptedTask):
         return ImageBatch(images.to(device), labels.to(device), labels.to(device))
 
     def describe_facts(self) -> dict[str, Any]:
-        """Return image size and class names."""
-        return {"image_size": self.facts.image_size, "class_names": list(self.facts.class_names)}
+        """Return image size, class names, and how an image becomes a square."""
+        facts = self.facts
+        return {"image_size": facts.image_size, "class_names": list(facts.class_names), "fit": facts.fit}
 
     def load_facts(self, facts: Mapping[str, Any]) -> None:
         """Set image size and class names from an adapter's record."""
@@ -136,6 +137,7 @@ class ImageClassification(AdaptedTask):
             digest="",
             counts={},
             skipped=0,
+            fit=facts["fit"],
         )
 
     def describe_data(self, data: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -157,7 +159,7 @@ class ImageClassification(AdaptedTask):
         return [
             {
                 "id": record.id,
-                "label": names[record.label],
+                "label": record.label,
                 "prediction": names[int(i)],
                 "probability": round(float(p), 6),
                 "path": str(record.path),
@@ -168,21 +170,22 @@ class ImageClassification(AdaptedTask):
     def usage(self) -> str:
         """Return lines that load the export with timm, peft and safetensors."""
         name, size = self.settings["backbone"], self.facts.image_size
+        base = f"import timm\nbase = timm.create_model({name!r}, pretrained=True, num_classes=0)"
         if name in STARTERS:
-            base = f"from domains.vision.backbones import build  # Graft converts this starter's weights\nbase = build({name!r}, {size}).model"
-        else:
-            base = f"import timm\nbase = timm.create_model({name!r}, pretrained=True, num_classes=0)"
+            base = (
+                "from domains.vision.backbones import build  # Graft converts this starter's weights for timm\n"
+                f"base = build({name!r}, {size}).model"
+            )
         tuned = "model = PeftModel.from_pretrained(base, FOLDER).eval()"
-        if self.attached.plan.peft_config is None:
-            tuned = "model = base.eval()  # see model.safetensors after full fine-tuning"
-        own = (
-            "import common.tuners  # registers this tuner type with peft\n"
-            if type(self.peft).__name__ == "BitFit"
-            else ""
-        )
+        if self.attached.plan.mode == "full":
+            tuned = 'base.load_state_dict(load_file(f"{FOLDER}/model.safetensors"))\nmodel = base.eval()'
+        elif self.attached.plan.mode == "frozen":
+            tuned = "model = base.eval()"
+        own = "import common.tuners  # registers BitFit with peft\n" if type(self.peft).__name__ == "BitFit" else ""
         return (
             f"from peft import PeftModel\nfrom safetensors.torch import load_file\n{own}{base}\n{tuned}\n"
-            f'head = load_file(f"{{FOLDER}}/head.safetensors")\n'
-            f"# inputs: RGB in [0, 1], {size} x {size}, normalised by mean {self._built.mean} and std {self._built.std}\n"
+            'head = load_file(f"{FOLDER}/head.safetensors")\n'
+            f"# images: RGB in [0, 1], {size} x {size}, then normalised:\n"
+            f"# mean {self._built.mean}, std {self._built.std}\n"
             "tokens = model.forward_features(images)\n"
         )

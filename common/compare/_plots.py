@@ -1,0 +1,186 @@
+"""Quality against cost as inline SVG: text stays text, colours follow the page, nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Stand-ins that are replaced in the finished SVG, so that the page decides the colours in light and dark.
+_COLOURS = {"#010203": "currentColor", "#040506": "var(--accent)", "#070809": "var(--line)", "#0a0b0c": "var(--page)"}
+_INK, _ACCENT, _LINE, _PAGE = _COLOURS
+_SIZE = (4.7, 3.7)  # inches; small, so that text stays readable when a phone shrinks the picture
+_LABEL_HEIGHT = 13.0  # points between two labels
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "graft",
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A method in a plot.
+
+    Attributes:
+        name: Its label.
+        cost: Where it stands from left to right; above 0.
+        quality: Where it stands from bottom to top.
+        spread: Half the height of its error bar; None for none.
+    """
+
+    name: str
+    cost: float
+    quality: float
+    spread: float | None
+
+
+def front(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
+    """The points that no other point beats: none is as good or better at lower or equal cost, and better in one.
+
+    Args:
+        points: All points.
+        more_is_better: Whether higher quality is better.
+
+    Returns:
+        The front, from cheap to dear.
+    """
+    sign = 1.0 if more_is_better else -1.0
+
+    def beats(one: Point, other: Point) -> bool:
+        gain, saving = sign * (one.quality - other.quality), other.cost - one.cost
+        return gain >= 0 and saving >= 0 and (gain > 0 or saving > 0)
+
+    return sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: (p.cost, p.quality))
+
+
+def pareto_svg(
+    points: Sequence[Point], *, ident: str, title: str, cost_label: str, quality_label: str, more_is_better: bool
+) -> str:
+    """Draw quality against cost, both as measured, with the Pareto front marked.
+
+    Args:
+        points: One for each method, at least one.
+        ident: A prefix for ids, unique within the page.
+        title: What a screen reader says first.
+        cost_label: The axis of cost, which is logarithmic.
+        quality_label: The axis of quality.
+        more_is_better: Whether higher quality is better.
+
+    Returns:
+        An `<svg>` element for an HTML page.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    best = front(points, more_is_better=more_is_better)
+    buffer = io.StringIO()
+    with mpl.rc_context(_SETTINGS):
+        figure: Any = Figure(figsize=_SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.set(xlabel=cost_label, ylabel=quality_label)
+        _draw(axes, points, best)
+        figure.draw_without_rendering()  # settles the layout, which labels are placed by
+        _label(axes, points)
+        figure.savefig(buffer, format="svg", transparent=True)
+    return _inline(buffer.getvalue(), ident, title, _described(points, best, cost_label, quality_label))
+
+
+def _draw(axes: Any, points: Sequence[Point], best: Sequence[Point]) -> None:  # noqa: ANN401 (matplotlib is half typed)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.set(**_limits(points))
+    low, high = axes.get_xlim()
+    # Few decades would have one tick or none at powers of ten alone.
+    steps = (1.0,) if high / low > 1e3 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
+    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, axis="y")
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", length=0)
+    # A staircase: between two points of the front nothing was measured.
+    line = {"color": _ACCENT, "linewidth": 1.2, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
+    axes.plot([point.cost for point in best], [point.quality for point in best], **line)
+    dot = {"fmt": "o", "markersize": 7, "color": _ACCENT, "elinewidth": 1.2, "markeredgewidth": 1.6}
+    for point in points:
+        bar = None if point.spread is None else [point.spread]
+        filling = _ACCENT if point in best else _PAGE
+        axes.errorbar([point.cost], [point.quality], yerr=bar, markerfacecolor=filling, **dot)
+
+
+def _limits(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
+    """Leave room around the points, to the right more for their labels."""
+    costs = [math.log10(point.cost) for point in points]
+    width = max(max(costs) - min(costs), 0.3)
+    lows = [point.quality - (point.spread or 0.0) for point in points]
+    highs = [point.quality + (point.spread or 0.0) for point in points]
+    height = max(max(highs) - min(lows), 1e-3)
+    return {
+        "xlim": (10 ** (min(costs) - 0.12 * width), 10 ** (max(costs) + 0.38 * width)),
+        "ylim": (min(lows) - 0.12 * height, max(highs) + 0.12 * height),
+    }
+
+
+def _tick(value: float, _: int | None = None) -> str:
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:g} {letter}"
+    return f"{value:g}"
+
+
+def _label(axes: Any, points: Sequence[Point]) -> None:  # noqa: ANN401
+    """Write each name above and to the right of its point, higher where it would cover the name below."""
+    scale = 72.0 / axes.figure.dpi
+    placed: list[tuple[float, float, float]] = []  # left, right, height of labels, in points
+    for point in sorted(points, key=lambda p: p.quality):
+        x, y = (float(v) * scale for v in axes.transData.transform((point.cost, point.quality)))
+        right, height = x + 8 + 6.0 * len(point.name), y + 8
+        while any(x < r and left < right and abs(height - h) < _LABEL_HEIGHT for left, r, h in placed):
+            height += 1.0
+        placed.append((x, right, height))
+        axes.annotate(point.name, (point.cost, point.quality), (8, height - y), textcoords="offset points", va="center")
+
+
+def _described(points: Sequence[Point], best: Sequence[Point], cost_label: str, quality_label: str) -> str:
+    told = "; ".join(f"{p.name}: {quality_label} {p.quality:.3f}, {cost_label} {_tick(p.cost)}" for p in points)
+    return f"{told}. On the Pareto front: {', '.join(point.name for point in best)}."
+
+
+def _inline(svg: str, ident: str, title: str, description: str) -> str:
+    """Make a stand-alone SVG part of a page: no header, no metadata, ids of its own, a name for screen readers."""
+    body = svg[svg.index("<svg") :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"\bid=\"", f'id="{ident}-', body)
+    body = re.sub(r"(href=\"#|url\(#)", rf"\g<1>{ident}-", body)
+    for stand_in, colour in _COLOURS.items():
+        body = body.replace(stand_in, colour)
+    view = re.search(r'viewBox="[^"]*"', body)
+    opening: dict[str, Any] = {
+        "view": view[0] if view else "",
+        "title": html.escape(title),
+        "description": html.escape(description),
+    }
+    head = (
+        '<svg {view} role="img" aria-labelledby="{ident}-t {ident}-d"><title id="{ident}-t">{title}</title>'
+        '<desc id="{ident}-d">{description}</desc>'
+    ).format(ident=ident, **opening)
+    return head + body[body.index(">") + 1 :]

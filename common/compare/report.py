@@ -1,0 +1,215 @@
+"""The report of a study: one HTML file that needs nothing else, to be read on a screen, a phone or a train."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from common.compare._plots import Point, pareto_svg
+from common.compare._samples import Group, sample_groups
+from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
+from common.compare.study import Study, Trial
+from common.compare.summary import Summary, summarise
+from common.compare.tables import amount, columns
+
+_TEMPLATE = "report.html.j2"
+_AXES = (("params_trainable", "trainable parameters"), ("memory_total", "training memory (bytes)"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A drawing and the words under it."""
+
+    caption: str
+    svg: Markup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One method's training memory: the total and its parts as (name, size in words, percent of the longest bar)."""
+
+    method: str
+    total: str
+    parts: tuple[tuple[str, str, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One learning rate of a method's grid and what came of it (`word` says it, `kind` is its looks)."""
+
+    lr: str
+    word: str
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Everything the report shows about one recipe."""
+
+    label: str
+    recipe: str
+    facts: str
+    primary: str
+    summary: Summary
+    head: tuple[tuple[str, bool], ...]
+    cells: tuple[tuple[tuple[str, object, bool], ...], ...]
+    plots: tuple[Plot, ...]
+    bars: tuple[Bar, ...]
+    tuning: tuple[tuple[str, tuple[Tried, ...]], ...]
+    failed: tuple[Run, ...]
+    groups: tuple[Group, ...]
+    commands: str
+
+
+def write_report(study: Study, rows: Sequence[Row], runs: Sequence[Run], path: Path) -> None:
+    """Write the report.
+
+    Args:
+        study: The study.
+        rows: Its results.
+        runs: All its runs, those that failed or were not chosen included.
+        path: The HTML file.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    # Class names, paths and logs are other people's text: escape everything that is not our own drawing.
+    page = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    sections: list[Section] = []
+    for index, recipe in enumerate(study.recipes):
+        own_rows = [row for row in rows if row.recipe == study.labels[recipe]]
+        own_runs = [run for run in runs if run.trial.recipe == recipe]
+        sections.append(_section(study, recipe, own_rows, own_runs, f"plot{index}"))
+    text = page.get_template(_TEMPLATE).render(
+        study=study, sections=sections, parts=MEMORY_PARTS, environment=_environment(runs)
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def _section(study: Study, recipe: str, rows: Sequence[Row], runs: Sequence[Run], ident: str) -> Section:
+    shown = columns(rows, every_metric=True)
+    seen = [run.metrics for run in runs if run.metrics]
+    pictured = [run for run in runs if run.chosen and run.trial.seed == study.seeds[0] and not run.failure]
+    return Section(
+        label=study.labels[recipe],
+        recipe=recipe,
+        facts=_facts(seen),
+        primary=next((row.primary.replace("_", " ") for row in rows if row.primary), ""),
+        summary=summarise(rows, runs),
+        head=tuple((column.title, column.words) for column in shown),
+        cells=tuple(tuple((c.text(row), c.value(row), c.words) for c in shown) for row in rows),
+        plots=tuple(_plots(rows, ident)),
+        bars=tuple(_bars(rows)),
+        tuning=tuple(_tuning(study, runs)),
+        failed=tuple(run for run in runs if run.failure),
+        groups=tuple(sample_groups(pictured)),
+        commands=_commands(runs),
+    )
+
+
+def _facts(seen: Sequence[Metrics]) -> str:
+    """Describe data and backbone in a line, from the first run that has them."""
+    if not seen:
+        return ""
+    first, data = seen[0], seen[0].data
+    classes = data.get("classes")
+    sizes = " / ".join(f"{data[split]:,}" for split in ("train", "val", "test") if isinstance(data.get(split), int))
+    words = [
+        str(data.get("name", "")),
+        f"{len(classes)} classes" if isinstance(classes, list) else "",
+        f"{sizes} examples (train / val / test)" if sizes else "",
+        f"backbone {first.backbone}",
+    ]
+    return ", ".join(word for word in words if word)
+
+
+def _plots(rows: Sequence[Row], ident: str) -> list[Plot]:
+    plots: list[Plot] = []
+    for key, label in _AXES:
+        known = [(row, row.quality) for row in rows if row.quality is not None and row.cost.get(key, 0) > 0]
+        if not known:
+            continue
+        first = known[0][0]
+        name = first.primary.replace("_", " ")
+        points = [
+            Point(name=row.method, cost=row.cost[key], quality=spread.mean, spread=spread.std) for row, spread in known
+        ]
+        svg = pareto_svg(
+            points,
+            ident=f"{ident}-{key}",
+            title=f"Test {name} against {label}",
+            cost_label=label,
+            quality_label=f"test {name}",
+            more_is_better=first.mode == "max",
+        )
+        # The drawing is ours and its text escaped; everything else on the page goes through autoescape.
+        plots.append(Plot(caption=f"Test {name} against {label}", svg=Markup(svg)))
+    return plots
+
+
+def _bars(rows: Sequence[Row]) -> list[Bar]:
+    known = [row for row in rows if row.cost.get("memory_total", 0) > 0]
+    longest = max((row.cost["memory_total"] for row in known), default=1.0)
+    return [
+        Bar(
+            method=row.method,
+            total=amount(row.cost["memory_total"], "B"),
+            parts=tuple(
+                (part, amount(size, "B"), round(100 * size / longest, 2))
+                for part in MEMORY_PARTS
+                if (size := row.cost.get(f"memory_{part}", 0)) > 0
+            ),
+        )
+        for row in known
+    ]
+
+
+def _tuning(study: Study, runs: Sequence[Run]) -> list[tuple[str, tuple[Tried, ...]]]:
+    """Every learning rate that was tried for each method, losers and failures included."""
+    lists: list[tuple[str, tuple[Tried, ...]]] = []
+    for method in study.methods:
+        own = [run for run in runs if run.trial.method == method.name]
+        winners = {run.trial.lr for run in own if run.chosen}
+        tuned = [run for run in own if run.trial.seed == study.tune_seed and run.trial.lr in method.lrs]
+        lists.append((method.name, tuple(_tried(run, run.trial.lr in winners) for run in tuned)))
+    return lists
+
+
+def _tried(run: Run, winner: bool) -> Tried:
+    lr = f"{run.trial.lr:g}"
+    if run.metrics is None or not run.metrics.fitted:
+        code = f", exit code {run.failure.code}" if run.failure else ""
+        return Tried(lr=lr, word=f"failed{code}", kind="failed")
+    score = run.metrics.score
+    if score is None:
+        return Tried(lr=lr, word="diverged", kind="failed")
+    return Tried(lr=lr, word=f"{score:.3f}{', chosen' if winner else ''}", kind="chosen" if winner else "lost")
+
+
+def _environment(runs: Sequence[Run]) -> dict[str, str]:
+    """What the runs ran on; a value that differs between runs lists all that occurred."""
+    records: list[Mapping[str, Any]] = []
+    for run in runs:
+        stored = run.trial.folder / "trial.json"
+        if run.metrics and stored.exists():
+            beside = json.loads(stored.read_text(encoding="utf-8")).get("side_by_side", "unknown")
+            records.append({**run.metrics.environment, "runs side by side": beside})
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: ", ".join(dict.fromkeys(str(r.get(name, "unknown")) for r in records)) for name in names}
+
+
+def _commands(runs: Sequence[Run]) -> str:
+    def line(words: Sequence[str]) -> str:
+        return "graft " + shlex.join(words)
+
+    def lines(trial: Trial, chosen: bool) -> list[str]:
+        return [line(trial.fit), *([line(trial.test)] if chosen else [])]
+
+    return "\n".join(text for run in runs for text in lines(run.trial, run.chosen))

@@ -1,0 +1,254 @@
+"""What the runs of a study came to: metrics read, learning rates chosen, one row for each recipe and method."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.compare.study import Method, Study, Trial
+from common.errors import GraftError
+
+SCHEMA = 1
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations")
+FULL_FINE_TUNING = "FullFineTune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The part of a run's metrics.json that is compared.
+
+    Attributes:
+        fitted: Whether the fit ended well.
+        primary: The name of the metric that decides.
+        mode: Whether more of it is better, or less.
+        val: Metrics on the validation split.
+        test: Metrics on the test split; None before `graft test`.
+        cost: What the run cost, as written.
+        data: Name, digest and sizes of the data.
+        environment: Versions and device.
+        backbone: The name of the backbone.
+    """
+
+    fitted: bool
+    primary: str
+    mode: Literal["max", "min"]
+    val: Mapping[str, float]
+    test: Mapping[str, float] | None
+    cost: Mapping[str, Any]
+    data: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    backbone: str
+
+    @property
+    def score(self) -> float | None:
+        """The primary metric on the validation split; None where it is missing or not finite."""
+        value = self.val.get(self.primary)
+        return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a run has no result: the command (`fit` or `test`), its exit code and the last lines of its log."""
+
+    verb: str
+    code: int
+    tail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trial and what came of it.
+
+    Attributes:
+        trial: The trial.
+        metrics: What it wrote; None where the fit failed.
+        chosen: Whether it counts in the results (as against a learning rate that was not chosen).
+        failure: Why it failed, if it did.
+    """
+
+    trial: Trial
+    metrics: Metrics | None
+    chosen: bool
+    failure: Failure | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A mean over seeds.
+
+    Attributes:
+        mean: The mean.
+        std: The sample standard deviation; None for a single seed, which has none.
+        n: How many seeds.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Take mean and sample standard deviation of one or more values; both are nan where a value is not finite."""
+        numbers = list(values)
+        if not all(map(math.isfinite, numbers)):
+            return cls(mean=math.nan, std=math.nan if len(numbers) > 1 else None, n=len(numbers))
+        std = statistics.stdev(numbers) if len(numbers) > 1 else None
+        return cls(mean=statistics.fmean(numbers), std=std, n=len(numbers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One method on one recipe.
+
+    Attributes:
+        recipe: The label of the recipe.
+        method: The name of the method.
+        full: Whether it is full fine-tuning, the reference.
+        grid: The learning rates it could choose from.
+        lr: The chosen learning rate; None where no run succeeded.
+        seeds: The seeds that were tested.
+        primary: The metric that decides; "" where no run succeeded.
+        mode: Whether more of it is better, or less.
+        val: The primary metric on the validation split, over the tested runs.
+        test: Each metric on the test split.
+        cost: Numbers by their name in metrics.json; times are means over the seeds, memory parts are `memory_<part>`.
+        failed: How many of its runs failed.
+    """
+
+    recipe: str
+    method: str
+    full: bool
+    grid: tuple[float, ...]
+    lr: float | None
+    seeds: tuple[int, ...]
+    primary: str
+    mode: Literal["max", "min"]
+    val: Spread | None
+    test: Mapping[str, Spread]
+    cost: Mapping[str, float]
+    failed: int
+
+    @property
+    def quality(self) -> Spread | None:
+        """The primary metric on the test split; None where there is none that is finite."""
+        spread = self.test.get(self.primary)
+        return spread if spread is not None and math.isfinite(spread.mean) else None
+
+
+def read_metrics(folder: Path) -> Metrics | None:
+    """Read a run folder's metrics.json.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The metrics, or None where the file is not there.
+
+    Raises:
+        GraftError: If the file is not one that this version of Graft understands.
+    """
+    path = folder / "metrics.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise GraftError(
+                f"'{path}' has schema {raw['schema']}, this version of Graft reads {SCHEMA}. Fit the run again."
+            )
+        mode = raw["primary"]["mode"]
+        if mode not in ("max", "min"):
+            raise GraftError(f"'{path}' gives the mode '{mode}' for its primary metric. Allowed: max, min.")
+        return Metrics(
+            fitted=raw["status"] == "fitted",
+            primary=raw["primary"]["name"],
+            mode=mode,
+            val=_numbers(raw["val"]),
+            test=None if raw.get("test") is None else _numbers(raw["test"]),
+            cost=raw["cost"],
+            data=raw["data"],
+            environment=raw["environment"],
+            backbone=raw["backbone"],
+        )
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GraftError(
+            f"'{path}' cannot be read ({type(error).__name__}: {error}). Delete the run folder to fit it again."
+        ) from error
+
+
+def choose(runs: Sequence[Run]) -> Run | None:
+    """Choose the best of several runs by the primary metric on the validation split; the first of equals.
+
+    The test split has no part in it. Runs that failed or diverged (no finite metric) are never chosen.
+    """
+    scored = [(run.metrics.score, run) for run in runs if run.metrics is not None and run.metrics.fitted]
+    finite = [(score, run) for score, run in scored if score is not None]
+    if not finite:
+        return None
+    sign = 1.0 if finite[0][1].metrics and finite[0][1].metrics.mode == "max" else -1.0
+    return max(finite, key=lambda pair: sign * pair[0])[1]
+
+
+def make_rows(study: Study, runs: Sequence[Run]) -> list[Row]:
+    """Bring the runs of each recipe and method together, in the order of the study file."""
+    return [
+        _row(
+            study.labels[recipe], method, [r for r in runs if (r.trial.recipe, r.trial.method) == (recipe, method.name)]
+        )
+        for recipe in study.recipes
+        for method in study.methods
+    ]
+
+
+def _row(label: str, method: Method, runs: Sequence[Run]) -> Row:
+    tested = [(r.trial, r.metrics) for r in runs if r.chosen and not r.failure and r.metrics and r.metrics.test]
+    seen = [metrics for _, metrics in tested]
+    chosen = next((run.trial.lr for run in runs if run.chosen), None)
+    return Row(
+        recipe=label,
+        method=method.name,
+        full=str(method.peft["class_path"]).rsplit(".", 1)[-1] == FULL_FINE_TUNING,
+        grid=method.lrs,
+        lr=chosen,
+        seeds=tuple(trial.seed for trial, _ in tested),
+        primary=seen[0].primary if seen else "",
+        mode=seen[0].mode if seen else "max",
+        val=_spread([metrics.score for metrics in seen]),
+        test=_test(seen),
+        cost=_cost([metrics.cost for metrics in seen]),
+        failed=sum(run.failure is not None for run in runs),
+    )
+
+
+def _test(seen: Sequence[Metrics]) -> dict[str, Spread]:
+    names = dict.fromkeys(name for metrics in seen for name in metrics.test or {})
+    spreads = {name: _spread([(metrics.test or {}).get(name) for metrics in seen]) for name in names}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
+def _spread(values: Iterable[float | None]) -> Spread | None:
+    numbers = [value for value in values if value is not None]
+    return Spread.of(numbers) if numbers else None
+
+
+def _cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Take sizes from the first run (seeds do not change them) and the mean of the times."""
+    if not costs:
+        return {}
+    numbers = _numbers(costs[0])
+    for name in ("step_seconds", "fit_seconds"):
+        times = [cost[name] for cost in costs if isinstance(cost.get(name), int | float)]
+        if times:
+            numbers[name] = statistics.fmean(times)
+    memory = _numbers(costs[0].get("train_memory") or {})
+    return numbers | {f"memory_{part}": memory[part] for part in (*MEMORY_PARTS, "total") if part in memory}
+
+
+def _numbers(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Keep what is a number; what a run could not measure is null and left out."""
+    return {key: value for key, value in raw.items() if isinstance(value, int | float) and not isinstance(value, bool)}

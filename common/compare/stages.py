@@ -1,0 +1,222 @@
+"""The course of a study: tune, choose, repeat over the seeds, test what was chosen, write the results.
+
+Every step is a command that a person can run again: it is written to `command.txt` in the run folder. A study that
+was stopped goes on where it was; a run folder that came from another command is refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from common._yaml import load_yaml
+from common.compare.report import write_report
+from common.compare.results import Failure, Run, choose, make_rows, read_metrics
+from common.compare.runner import Finished, Job, cpu_count, run_jobs
+from common.compare.study import Study, Trial, load_study
+from common.compare.tables import print_table, write_csv, write_markdown
+from common.errors import GraftError
+
+GRAFT = (sys.executable, "-m", "domains")
+STOPPED = 130
+
+
+def compare(
+    study_path: Path,
+    out: Path | None = None,
+    jobs: int | None = None,
+    *,
+    command: Sequence[str] = GRAFT,
+    console: Console | None = None,
+) -> int:
+    """Run a study and write its results.
+
+    Args:
+        study_path: The study file.
+        out: The folder to write to, in place of the study's own.
+        jobs: How many trials run side by side; by default half the processors.
+        command: What stands before `fit` and `test` on each command line.
+        console: Where progress and the table go; by default standard output.
+
+    Returns:
+        The exit code: 0 where every run succeeded, 1 where one failed, 130 where the study was stopped.
+
+    Raises:
+        GraftError: If the study file is wrong, or a run folder holds the result of another command.
+    """
+    study = load_study(study_path, out)
+    tuning = study.tuning()
+    if jobs is not None and jobs < 1:
+        raise GraftError(f"--jobs {jobs} is not possible. Give 1 or more.")
+    console = console or Console()
+    width = min(jobs or max(1, cpu_count() // 2), len(tuning))
+    session = _Session(study=study, command=tuple(command), width=width, console=console)
+    session.refuse_foreign_folders(study.possible())
+    study.out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(study.out / ".lock", timeout=0):
+            runs = session.run()
+            return _write(study, runs, console)
+    except Timeout as error:
+        raise GraftError(f"Another study is running in '{study.out}'. Wait for it, or give another --out.") from error
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        return STOPPED
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Session:
+    """One call of `compare`: the study, how its processes run, and what failed so far."""
+
+    study: Study
+    command: tuple[str, ...]
+    width: int
+    console: Console
+    failures: dict[Path, Failure] = field(default_factory=dict[Path, Failure])
+
+    def run(self) -> list[Run]:
+        """Take the study through its stages; return every run of it."""
+        tuned = self._fit(self.study.tuning(), "tuning")
+        winners = self._winners(tuned)
+        fitted = self._fit([trial for trial in winners if trial.seed != self.study.tune_seed], "repeating")
+        chosen = [trial for trial in winners if trial.seed in self.study.seeds]
+        self._test(chosen)
+        folders = {trial.folder for trial in chosen}
+        runs = [self._read(run.trial) for run in (*tuned, *fitted)]
+        return [replace(run, chosen=run.trial.folder in folders) for run in runs]
+
+    def refuse_foreign_folders(self, trials: Sequence[Trial]) -> None:
+        """Raise one error for every run folder that came from another command than this study's."""
+        problems: list[str] = []
+        for trial in trials:
+            stored = trial.folder / "trial.json"
+            if stored.exists():
+                if _identity(json.loads(stored.read_text(encoding="utf-8"))) != _identity(self._record(trial)):
+                    problems.append(f"'{trial.folder}' was made by another command or an earlier text of its recipe")
+            elif (trial.folder / "metrics.json").exists():
+                problems.append(f"'{trial.folder}' holds a run that this study did not start")
+        if problems:
+            lines = "".join(f"\n- {problem}." for problem in problems)
+            raise GraftError(
+                f"Results of different commands cannot be mixed. Delete these or give another --out:{lines}"
+            )
+
+    def _winners(self, tuned: Sequence[Run]) -> list[Trial]:
+        """The runs with the chosen learning rates: the tuned one and the seeds still to fit."""
+        winners: list[Trial] = []
+        for recipe in self.study.recipes:
+            for method in self.study.methods:
+                own = [run for run in tuned if (run.trial.recipe, run.trial.method) == (recipe, method.name)]
+                best = choose(own)
+                if best is None:
+                    continue
+                seeds = dict.fromkeys((self.study.tune_seed, *self.study.seeds))
+                winners += [self.study.trial(recipe, method, best.trial.lr, seed) for seed in seeds]
+        return winners
+
+    def _fit(self, trials: Sequence[Trial], stage: str) -> list[Run]:
+        runs = {trial.folder: self._read(trial) for trial in trials}
+        todo = [trial for trial in trials if not _fitted(runs[trial.folder])]
+        self._say(f"{stage}: {len(trials)} runs, {len(trials) - len(todo)} of them there already")
+        jobs: dict[Path, Job] = {}
+        for trial in todo:
+            # Decided first: writing our own files must not look like the traces of a run.
+            resume = any((trial.folder / name).exists() for name in ("last.ckpt", "metrics.json"))
+            self._write_commands(trial, [trial.fit])
+            line = (*self.command, *trial.fit, *(("--resume",) if resume else ()))
+            jobs[trial.folder] = Job(
+                title=self._title(trial), command=line, log=trial.folder / "log.txt", append=resume
+            )
+        self._run(jobs, "fit")
+        return [self._read(trial) for trial in trials]
+
+    def _test(self, trials: Sequence[Trial]) -> None:
+        fitted = [run for run in map(self._read, trials) if _fitted(run)]
+        todo = [run.trial for run in fitted if run.metrics is not None and run.metrics.test is None]
+        self._say(f"testing: {len(fitted)} runs, {len(fitted) - len(todo)} of them there already")
+        jobs: dict[Path, Job] = {}
+        for trial in todo:
+            self._write_commands(trial, [trial.fit, trial.test])
+            title, line = f"test {self._title(trial)}", (*self.command, *trial.test)
+            jobs[trial.folder] = Job(title=title, command=line, log=trial.folder / "log.txt", append=True)
+        self._run(jobs, "test")
+
+    def _run(self, jobs: Mapping[Path, Job], verb: str) -> None:
+        """Run jobs and note which failed; a good exit code without the result that belongs to it is a failure."""
+        if not jobs:
+            return
+        folders = {id(job): folder for folder, job in jobs.items()}
+
+        def describe(finished: Finished) -> str:
+            folder, title = folders[id(finished.job)], finished.job.title
+            metrics = read_metrics(folder)
+            if finished.code == 0 and metrics is not None:
+                split, numbers = ("val", metrics.val) if verb == "fit" else ("test", metrics.test or {})
+                if metrics.fitted and numbers:
+                    score = f"{split} {metrics.primary} {numbers.get(metrics.primary, float('nan')):.4f}"
+                    return f"done    {title}  {score}  {finished.seconds:.0f} s"
+            log_tail = finished.tail or "(the log is empty)"
+            if finished.code == 0:
+                log_tail += f"\n{verb} ended with exit code 0 but left no result in metrics.json"
+            self.failures[folder] = Failure(verb=verb, code=finished.code, tail=log_tail)
+            indented = "\n".join(f"        {line}" for line in log_tail.splitlines())
+            return f"FAILED  {title}  exit code {finished.code}, log: {finished.job.log}\n{indented}"
+
+        threads = max(1, cpu_count() // self.width)
+        run_jobs(list(jobs.values()), width=self.width, threads=threads, console=self.console, describe=describe)
+
+    def _read(self, trial: Trial) -> Run:
+        return Run(
+            trial=trial, metrics=read_metrics(trial.folder), chosen=False, failure=self.failures.get(trial.folder)
+        )
+
+    def _record(self, trial: Trial) -> dict[str, Any]:
+        """What trial.json says: the command without its folder, which may move, and what stands around it."""
+        recipe = json.dumps(load_yaml(Path(trial.recipe)), sort_keys=True, default=str)
+        digest = hashlib.sha256(recipe.encode()).hexdigest()
+        return {"arguments": list(trial.options), "recipe_sha256": digest, "side_by_side": self.width}
+
+    def _write_commands(self, trial: Trial, lines: Sequence[Sequence[str]]) -> None:
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(shlex.join((*self.command, *line)) + "\n" for line in lines)
+        (trial.folder / "command.txt").write_text(text, encoding="utf-8")
+        if lines[-1][0] == "fit":
+            record = json.dumps(self._record(trial), indent=2)
+            (trial.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
+
+    def _title(self, trial: Trial) -> str:
+        return f"{self.study.labels[trial.recipe]} {trial.method} lr {trial.lr:g} seed {trial.seed}"
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _fitted(run: Run) -> bool:
+    return run.metrics is not None and run.metrics.fitted and run.failure is None
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[object, object]:
+    """What makes two trials the same; how many ran side by side does not."""
+    return record.get("arguments"), record.get("recipe_sha256")
+
+
+def _write(study: Study, runs: Sequence[Run], console: Console) -> int:
+    rows = make_rows(study, runs)
+    write_csv(rows, study.out / "results.csv")
+    write_markdown(study, rows, study.out / "results.md")
+    write_report(study, rows, runs, study.out / "report.html")
+    print_table(study, rows, console)
+    failed = sum(run.failure is not None for run in runs)
+    if failed:
+        console.print(f"{failed} of {len(runs)} runs failed: see above and the report.", highlight=False)
+    console.print(f"Report: {study.out / 'report.html'}", highlight=False, soft_wrap=True)
+    return 1 if failed else 0

@@ -1,0 +1,168 @@
+"""The results in plain words: no sentence says more than the numbers carry.
+
+Two methods are called apart only when their means differ by more than the spread between seeds: the square root of
+the sum of both sample variances, that is the standard deviation of a difference of two single runs. This is a rule of
+thumb and no test of significance; with a single seed there is no spread, and the summary says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from common.compare.results import Row, Run, Spread
+from common.compare.tables import amount, duration, percent, quality
+
+_CHEAP: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("params_trainable", "trains the fewest parameters", amount),
+    ("memory_total", "needs the least training memory", lambda value: amount(value, "B")),
+    ("step_seconds", "has the shortest measured step", duration),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What one recipe's results say: the main sentence, the findings and what to be careful about."""
+
+    headline: str
+    findings: tuple[str, ...]
+    cautions: tuple[str, ...]
+
+
+def summarise(rows: Sequence[Row], runs: Sequence[Run]) -> Summary:
+    """Word the results of one recipe.
+
+    Args:
+        rows: Its rows.
+        runs: Its runs.
+
+    Returns:
+        The summary.
+    """
+    known = [(row, row.quality) for row in rows if row.quality is not None]
+    if not known:
+        return Summary(headline="No run gave a result.", findings=(), cautions=tuple(_failures(rows, runs)))
+    sign = 1.0 if known[0][0].mode == "max" else -1.0
+    ranked = sorted(known, key=lambda pair: -sign * pair[1].mean)
+    full = next(((row, spread) for row, spread in known if row.full), None)
+    return Summary(
+        headline=_headline(ranked),
+        findings=(*(_distances(known, full, sign) if full else ()), *_cheapest([row for row, _ in known])),
+        cautions=(*_failures(rows, runs), *_tuning(rows), *_chance(ranked, runs), *_sameness(runs)),
+    )
+
+
+def noise(one: Spread, other: Spread) -> float | None:
+    """How far apart two single runs stand by chance of the seed (one standard deviation); None where unknown."""
+    if one.std is None or other.std is None:
+        return None
+    return math.hypot(one.std, other.std)
+
+
+def _headline(ranked: Sequence[tuple[Row, Spread]]) -> str:
+    (best, top), rest = ranked[0], ranked[1:]
+    word = "highest" if best.mode == "max" else "lowest"
+    seeds = f"mean of {top.n} seeds" if top.n > 1 else "one seed"
+    line = f"{best.method} has the {word} test {best.primary.replace('_', ' ')}: {quality(top)} ({seeds})."
+    level = [f"{row.method} ({spread.mean:.3f})" for row, spread in rest if _within(top, spread)]
+    if not level:
+        return line
+    verb = "is" if len(level) == 1 else "are"
+    return f"{line} {_listed(level)} {verb} within the spread of it, so this study does not tell them apart."
+
+
+def _within(one: Spread, other: Spread) -> bool:
+    chance = noise(one, other)
+    return chance is not None and abs(one.mean - other.mean) <= chance
+
+
+def _distances(known: Sequence[tuple[Row, Spread]], full: tuple[Row, Spread], sign: float) -> list[str]:
+    lines: list[str] = []
+    reference, goal = full
+    for row, spread in known:
+        if row is reference:
+            continue
+        gap = sign * (spread.mean - goal.mean)
+        judged = "within the spread" if _within(spread, goal) else "beyond the spread"
+        if noise(spread, goal) is None:
+            judged = "spread unknown"
+        far = f"is {abs(gap):.3f} {'better' if gap > 0 else 'worse'} than" if round(abs(gap), 3) else "is level with"
+        line = f"{row.method} {far} {reference.method} ({judged})"
+        shares = [
+            f"{percent(100 * row.cost[key] / reference.cost[key])} of its {words}"
+            for key, words in (("params_trainable", "trainable parameters"), ("memory_total", "training memory"))
+            if key in row.cost and reference.cost.get(key)
+        ]
+        lines.append(f"{line}, with {_listed(shares)}." if shares else f"{line}.")
+    return lines
+
+
+def _cheapest(rows: Sequence[Row]) -> list[str]:
+    """Name the cheapest method by each measure, in one sentence a method."""
+    claims: dict[str, list[str]] = {}
+    for key, words, write in _CHEAP:
+        measured = [row for row in rows if key in row.cost]
+        if len(measured) > 1:
+            least, second = sorted(measured, key=lambda row: row.cost[key])[:2]
+            if least.cost[key] == second.cost[key]:
+                continue
+            claims.setdefault(least.method, []).append(f"{words} ({write(least.cost[key])})")
+    return [f"{method} {_listed(words)}." for method, words in claims.items()]
+
+
+def _failures(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
+    failed = sum(run.failure is not None for run in runs)
+    lines = [f"{failed} of {len(runs)} runs failed; the results are without them."] if failed else []
+    lines += [f"{row.method} has no result." for row in rows if not row.seeds]
+    return lines + [f"{row.method} diverged on the test split." for row in rows if row.seeds and row.quality is None]
+
+
+def _tuning(rows: Sequence[Row]) -> list[str]:
+    lines: list[str] = []
+    if len({len(row.grid) for row in rows}) > 1:
+        counts = _listed([f"{row.method} {len(row.grid)}" for row in rows])
+        lines.append(f"Not every method had the same number of learning rates to choose from ({counts}).")
+    ends = [
+        row for row in rows if row.lr is not None and len(row.grid) > 1 and row.lr in (min(row.grid), max(row.grid))
+    ]
+    if ends:
+        rates = _listed([f"{row.method} ({row.lr:g})" for row in ends])
+        lines.append(f"At an end of the learning rates on offer, so that a better one may lie beyond: {rates}.")
+    return lines
+
+
+def _chance(ranked: Sequence[tuple[Row, Spread]], runs: Sequence[Run]) -> list[str]:
+    lines: list[str] = []
+    single = [row.method for row, spread in ranked if spread.n == 1]
+    if len(single) == len(ranked):
+        lines.append(
+            "Every method ran with one seed: the spread between seeds is unknown, so small differences mean little."
+        )
+    elif single:
+        lines.append(f"{_listed(single)} ran with one seed only, so its spread is unknown.")
+    row, top = ranked[0]
+    sizes = {run.metrics.data.get("test") for run in runs if run.metrics}
+    size = sizes.pop() if len(sizes) == 1 else None
+    if row.primary == "accuracy" and isinstance(size, int) and size > 0 and 0 <= top.mean <= 1:
+        error = math.sqrt(top.mean * (1 - top.mean) / size)
+        lines.append(
+            f"With {size} test examples, an accuracy near {top.mean:.2f} is itself uncertain by about "
+            f"±{error:.3f} (one standard error)."
+        )
+    return lines
+
+
+def _sameness(runs: Sequence[Run]) -> list[str]:
+    """Warn where runs that stand side by side were not made alike."""
+    seen = [run.metrics for run in runs if run.metrics]
+    lines: list[str] = []
+    if len({str(metrics.data.get("digest")) for metrics in seen}) > 1:
+        lines.append("The runs did not all see the same data (their digests differ): do not compare them.")
+    if len({str(sorted(metrics.environment.items())) for metrics in seen}) > 1:
+        lines.append("The runs did not all have the same environment, so their times cannot be compared.")
+    return lines
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
