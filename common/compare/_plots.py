@@ -128,16 +128,26 @@ def _draw(axes: Any, points: Sequence[Point], best: Sequence[Point]) -> None:  #
 
 
 def _limits(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
-    """Leave room around the points, to the right more for their labels."""
+    """Leave room around the points, to the right more for their labels.
+
+    The axes never zoom in below two thirds of a decade of cost and five percent of quality: differences that are small
+    shall look small.
+    """
     costs = [math.log10(point.cost) for point in points]
-    width = max(max(costs) - min(costs), 0.3)
     lows = [point.quality - (point.spread or 0.0) for point in points]
     highs = [point.quality + (point.spread or 0.0) for point in points]
-    height = max(max(highs) - min(lows), 1e-3)
+    left, width = _stretch(min(costs), max(costs), 0.67)
+    bottom, height = _stretch(min(lows), max(highs), 0.05 * max(map(abs, (*lows, *highs))) or 0.05)
     return {
-        "xlim": (10 ** (min(costs) - 0.12 * width), 10 ** (max(costs) + 0.38 * width)),
-        "ylim": (min(lows) - 0.12 * height, max(highs) + 0.12 * height),
+        "xlim": (10 ** (left - 0.12 * width), 10 ** (left + 1.38 * width)),
+        "ylim": (bottom - 0.12 * height, bottom + 1.12 * height),
     }
+
+
+def _stretch(low: float, high: float, least: float) -> tuple[float, float]:
+    """Return start and length of a range, widened about its middle to a least length."""
+    length = max(high - low, least)
+    return (low + high - length) / 2, length
 
 
 def _tick(value: float, _: int | None = None) -> str:

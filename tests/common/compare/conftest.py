@@ -1,0 +1,84 @@
+"""A small world for studies: a folder with a recipe, a fake `graft`, and what it is to measure."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from common.compare import compare
+
+FAKE = Path(__file__).with_name("fake_graft.py")
+# On validation 1e-3 is the best rate for LoRA and 5e-5 for full fine-tuning.
+VAL = {"LoRA": {"0.0003": 0.70, "0.001": 0.74, "0.003": 0.72}, "FullFineTune": {"1e-05": 0.66, "5e-05": 0.75}}
+TEST = {"LoRA": {"0": 0.70, "1": 0.73, "2": 0.76}, "FullFineTune": {"0": 0.80, "1": 0.70, "2": 0.75}}
+STUDY = """
+title: A small study
+question: Does it work?
+recipe: recipe.yaml
+out: runs/small
+overrides: {trainer.max_epochs: 4, data.name: tiny}
+methods:
+  LoRA: {peft: {class_path: LoRA, init_args: {on: [attention, ffn], rank: 8}}, lr: [3e-4, 1e-3, 3e-3]}
+  FullFineTune: {peft: {class_path: FullFineTune}, lr: [1e-5, 5e-5], overrides: {trainer.max_epochs: 2}}
+seeds: [0, 1, 2]
+"""
+
+
+class World:
+    """A folder in which a study runs.
+
+    Attributes:
+        folder: The folder, which is the current one.
+        out: Where the study writes.
+        output: What the last call of `run` printed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.out = folder / "runs" / "small"
+        self.output = ""
+        (folder / "recipe.yaml").write_text("task: ImageClassification\n")
+        self.write(STUDY)
+        self.measure()
+
+    def write(self, study: str) -> None:
+        """Write the study file."""
+        (self.folder / "study.yaml").write_text(study)
+
+    def measure(self, **changes: Any) -> None:
+        """Say what the fake measures from now on."""
+        (self.folder / "world.json").write_text(json.dumps({"val": VAL, "test": TEST, **changes}))
+
+    def run(self, **options: Any) -> int:
+        """Run the study; return its exit code."""
+        stream = io.StringIO()
+        code = compare(
+            self.folder / "study.yaml",
+            command=(sys.executable, "-S", str(FAKE)),
+            **{"jobs": 4, "console": Console(file=stream, width=80), **options},
+        )
+        self.output = stream.getvalue()
+        return code
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Every call of the fake so far, in order."""
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def forget(self) -> None:
+        """Forget the calls so far."""
+        (self.folder / "calls.jsonl").unlink()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """An empty world, entered."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("common.compare.runner._POLL_SECONDS", 0.01)  # the fake is done in no time
+    return World(tmp_path)

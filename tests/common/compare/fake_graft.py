@@ -1,0 +1,112 @@
+"""A stand-in for `graft`: it trains nothing and writes what `world.json`, beside its recipe, says it measured.
+
+The world: {"val": {method: {lr: number}}, "test": {method: {seed: number}}, "fail": [[verb, method, lr, seed], ...],
+"silent": (the same, ending well but without a result), "sleep": seconds, "classes": [...], "pictures": [...],
+"mode": "max"}. Every call is noted in calls.jsonl, beside it.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    verb, *words = sys.argv[1:]
+    flags = {"--resume"} & set(words)
+    words = [word for word in words if word not in flags]
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    run = Path(options["--run"])
+    if verb == "test":
+        options = {**json.loads((run / "options.json").read_text()), **options}
+    recipe_path = Path(options["--config"])
+    world = json.loads((recipe_path.parent / "world.json").read_text())
+    peft = json.loads(options["--peft"])
+    method, lr, seed = peft["class_path"], options["--model.optim.lr"], options["--seed_everything"]
+    with (recipe_path.parent / "calls.jsonl").open("a") as calls:
+        record = {"verb": verb, "recipe": recipe_path.name, "method": method, "lr": lr, "seed": seed}
+        record |= {"resume": bool(flags), "options": options, "threads": os.environ.get("OMP_NUM_THREADS")}
+        record |= {"process": os.getpid()}
+        calls.write(json.dumps(record) + "\n")
+    run.mkdir(parents=True, exist_ok=True)
+    print(f"{verb} {method} begins")  # noqa: T201
+    if world.get("sleep"):
+        (run / "last.ckpt").write_text("half way")
+        time.sleep(world["sleep"])
+    if [verb, method, lr, seed] in world.get("fail", []):
+        print("Traceback: the loss is <not> a number", file=sys.stderr)  # noqa: T201
+        return 3
+    if [verb, method, lr, seed] in world.get("silent", []):
+        return 0
+    path = run / "metrics.json"
+    if verb == "fit":
+        (run / "options.json").write_text(json.dumps(options))
+        metrics = describe(world, recipe_path, peft, float(lr), int(seed))
+    else:
+        metrics = json.loads(path.read_text())
+        metrics["test"] = {**metrics["val"], "accuracy": world["test"][method][seed]}
+        if world.get("pictures"):
+            lines = [predict(world, method, index) for index in range(len(world["pictures"]))]
+            (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text(json.dumps(metrics))
+    return 0
+
+
+def describe(world: dict, recipe_path: Path, peft: dict, lr: float, seed: int) -> dict:
+    method = peft["class_path"]
+    share = {"FullFineTune": 1.0, "LoRA": 0.0067, "BitFit": 0.0024, "LinearProbe": 0.00026}.get(method, 0.005)
+    params = 22_056_576
+    parts = {
+        "weights": 4 * params,
+        "gradients": int(4 * params * share),
+        "optimizer": int(8 * params * share),
+        "activations": 20_000_000 if method == "LinearProbe" else 310_000_000,
+    }
+    return {
+        "schema": 1,
+        "recipe": str(recipe_path),
+        "domain": "vision",
+        "task": "ImageClassification",
+        "backbone": "vit-small-patch14-focus",
+        "method": peft,
+        "optim": {"lr": lr},
+        "seed": seed,
+        "primary": {"name": "accuracy", "mode": world.get("mode", "max")},
+        "status": "fitted",
+        "val": {"accuracy": world["val"][method][f"{lr:g}"], "macro_f1": 0.5, "loss": 1.0},
+        "test": None,
+        "cost": {
+            "params_total": params,
+            "params_trainable": int(params * share),
+            "trainable_percent": 100 * share,
+            "train_memory": {**parts, "total": sum(parts.values())},
+            "flops_per_step": 200_000_000_000,
+            "step_seconds": 0.4 + seed / 10,
+            "batch_size": 32,
+            "steps": 95,
+            "fit_seconds": 60.0 + seed,
+            "adapter_bytes": 600_000,
+            "head_bytes": 30_000,
+            "backbone_bytes": 4 * params,
+            "peak_cuda_bytes": None,
+        },
+        "data": {"name": "OpenClipart", "digest": "d1", "train": 700, "val": 200, "test": 400}
+        | {"classes": world.get("classes", ["birds", "bugs"])},
+        "environment": {"graft": "0.1.0", "device": "cpu", "precision": "32-true"},
+    }
+
+
+def predict(world: dict, method: str, index: int) -> dict:
+    """Method number m is right on every picture whose number is not below m in turns of four."""
+    classes = world["classes"]
+    truth = classes[index % len(classes)]
+    rank = sorted(world["val"]).index(method)
+    right = (index % 4 != 3 and (index + rank) % 5 != 0) or index % 4 == 0
+    answer = truth if right else classes[(index + 1 + rank) % len(classes)]
+    picture = world["pictures"][index]
+    return {"id": f"{index}", "label": truth, "prediction": answer, "probability": 0.61, "path": picture}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

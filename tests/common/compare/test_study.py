@@ -1,0 +1,153 @@
+"""The study file: what it expands to, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.compare import load_study
+from common.errors import GraftError
+
+REPO = Path(__file__).parents[3]
+
+
+def test_tuning_has_every_rate_at_one_seed_and_possible_has_every_seed(world):
+    study = load_study(Path("study.yaml"))
+    tuning = study.tuning()
+    assert [(t.method, t.lr, t.seed) for t in tuning] == [
+        ("LoRA", 3e-4, 0),
+        ("LoRA", 1e-3, 0),
+        ("LoRA", 3e-3, 0),
+        ("FullFineTune", 1e-5, 0),
+        ("FullFineTune", 5e-5, 0),
+    ]
+    assert len(study.possible()) == 5 * 3
+
+
+def test_recipes_multiply_trials_and_have_folders_of_their_own(world):
+    for name in ("a/x.yaml", "b/x.yaml", "b/y.yaml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
+    text = (world.folder / "study.yaml").read_text()
+    world.write(text.replace("recipe: recipe.yaml", "recipes: [a/x.yaml, b/x.yaml, b/y.yaml]"))
+    study = load_study(Path("study.yaml"), out=Path("elsewhere"))
+    assert study.labels == {"a/x.yaml": "a-x", "b/x.yaml": "b-x", "b/y.yaml": "y"}
+    folders = [trial.folder for trial in study.possible()]
+    assert len(folders) == len(set(folders)) == 3 * 5 * 3
+    assert Path("elsewhere/b-x/LoRA/lr-0.001-seed-2") in folders
+
+
+def test_command_line_carries_the_trial(world):
+    trial = load_study(Path("study.yaml")).tuning()[0]
+    words = list(trial.fit)
+    assert words[:3] == ["fit", "--config", "recipe.yaml"]
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    peft = {"class_path": "LoRA", "init_args": {"on": ["attention", "ffn"], "rank": 8}}
+    assert json.loads(options["--peft"]) == peft
+    assert float(options["--model.optim.lr"]) == 3e-4
+    assert options["--seed_everything"] == "0"
+    assert (options["--trainer.max_epochs"], options["--data.name"]) == ("4", "tiny")
+    assert options["--run"] == "runs/small/recipe/LoRA/lr-0.0003-seed-0"
+
+
+def test_overrides_of_a_method_win_and_values_keep_their_kind(world):
+    study = """
+title: t
+question: q
+recipe: recipe.yaml
+overrides: {trainer.max_epochs: 4, model.on: true, model.list: [1, a], model.none: null, model.text: -x}
+methods: {LoRA: {peft: {class_path: LoRA}, lr: 1.0e-3, overrides: {trainer.max_epochs: 2}}}
+"""
+    world.write(study)
+    options = load_study(Path("study.yaml")).tuning()[0].options
+    joined = " ".join(options)
+    assert "--trainer.max_epochs 2" in joined
+    assert "--trainer.max_epochs 4" not in joined
+    assert "--model.on true" in joined
+    assert '--model.list [1, "a"]' in joined
+    assert "--model.none null" in joined
+    assert "--model.text=-x" in options
+
+
+def test_the_learning_rate_goes_where_the_method_says(world):
+    text = (world.folder / "study.yaml").read_text()
+    world.write(text.replace("lr: [1e-5, 5e-5]", "lr: [1e-5], lr_options: [model.optim.head_lr, model.optim.lr]"))
+    words = load_study(Path("study.yaml")).tuning()[-1].options
+    assert [words[words.index(f"--model.optim.{key}") + 1] for key in ("head_lr", "lr")] == ["1e-05", "1e-05"]
+
+
+def test_all_problems_are_reported_at_once_with_the_nearest_name(world):
+    world.write("""
+title: 3
+question: q
+recipe: missing.yaml
+seed: [0]
+overrides: {--x: 1, model.optim.lr: 2, run: here}
+methods:
+  LoRA: {peft: {class_path: LoRA, init: {}}, lr: [0, 1]}
+  a/b: {pefts: {}, lr: yes}
+tune_seed: [1, 2]
+""")
+    with pytest.raises(GraftError) as error:
+        load_study(Path("study.yaml"))
+    text = str(error.value)
+    for words in (
+        "title is 3",
+        "'missing.yaml' is not a file",
+        "unknown key 'seed'. Did you mean 'seeds'?",
+        '"--x"',
+        "overrides of method 'LoRA' set 'model.optim.lr'",
+        "sets 'run'",
+        "unknown key 'init'. Did you mean 'init_args'?",
+        "lr of method 'LoRA' is [0, 1]",
+        "method 'a/b' cannot name a folder",
+        "unknown key 'pefts'. Did you mean 'peft'?",
+        "lr of method 'a/b' is \"yes\"",
+        "tune_seed is [1, 2]",
+    ):
+        assert words in text
+    assert ".." not in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("recipe: recipe.yaml", "", "either recipe"),
+        ("recipe: recipe.yaml", "recipes: []", "recipes is []"),
+        ("recipe: recipe.yaml", "recipes: [recipe.yaml, recipe.yaml]", "listed twice"),
+        ("seeds: [0, 1, 2]", "seeds: [0, 0]", "give each number once"),
+        ("seeds: [0, 1, 2]", "seeds: [true]", "seeds is [true]"),
+        ("lr: [1e-5, 5e-5]", "lr: [1e-5, 1.0e-5]", "each learning rate once"),
+        ("lr: [1e-5, 5e-5]", "lr: [.inf]", "numbers above 0"),
+        ("lr: [1e-5, 5e-5]", "lr: 1e-5, lr_options: [--lr]", "lr_options of method"),
+        ("out: runs/small", "out: 3", "out is 3"),
+        ("  FullFineTune:", "  LoRA:", "'LoRA' is given twice"),
+        ("question: Does it work?", "", "question is null"),
+    ],
+)
+def test_one_wrong_thing_is_named(world, old, new, words):
+    text = (world.folder / "study.yaml").read_text()
+    assert old in text
+    world.write(text.replace(old, new))
+    with pytest.raises(GraftError, match=r"(?s).*") as error:
+        load_study(Path("study.yaml"))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", [REPO / "configs/demo.yaml", *sorted(REPO.glob("configs/studies/*.yaml"))], ids=lambda path: path.stem
+)
+def test_shipped_studies_are_whole(path, monkeypatch):
+    monkeypatch.chdir(REPO)
+    study = load_study(path)
+    assert len(study.methods) > 1
+    assert f"graft compare {path.relative_to(REPO).as_posix()}" in path.read_text()
+
+
+def test_reading_studies_needs_no_torch():
+    code = "import common.compare, sys; sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'lightning')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
