@@ -35,8 +35,9 @@ def render(record: Mapping[str, Any], certificate: Mapping[str, Any], usage: str
         "" if record.get("test") else "\nThe test split of this run was not read.",
         "",
         "## Cost",
-        f"- trainable: {cost['params_trainable']:,} of {cost['params_total']:,} parameters ({cost['trainable_percent']:.3f} %)",
-        f"- training memory: {cost['train_memory']['total'] / 2**20:.1f} MiB at batch {cost['batch_size']}",
+        f"- trainable: {cost['params_trainable']:,} of {cost['params_total']:,} parameters, "
+        f"{cost['trainable_percent']:.3f} %",
+        f"- training memory: {cost['train_memory']['total'] / 1e6:.1f} MB at batch {cost['batch_size']}",
         f"- {cost['flops_per_step'] / 1e9:.1f} GFLOP a step, {cost['steps']} steps, {cost['fit_seconds']:.0f} s",
         f"- adapter {cost['adapter_bytes']:,} bytes, head {cost['head_bytes']:,} bytes",
         "",

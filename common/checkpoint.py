@@ -11,6 +11,7 @@ import errno
 import os
 import pickle
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,12 @@ def write_atomically(path: Path, write: Any) -> None:  # noqa: ANN401
 
 
 def _explain_write_error(path: Path, error: Exception) -> Exception:
-    """Word a failed write; torch wraps a full disk into a RuntimeError whose cause is lost."""
-    code = getattr(error, "errno", None)
-    if code == errno.ENOSPC or (isinstance(error, RuntimeError) and "file write failed" in str(error)):
+    """Word a failed write; torch covers the operating system's error with a RuntimeError of its own."""
+    code = None
+    cause: BaseException | None = error
+    while cause is not None and code is None:
+        code, cause = getattr(cause, "errno", None), cause.__cause__ or cause.__context__
+    if code in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error):
         return GraftError(f"The disk is full: {path} could not be written (the old file, if any, is kept). Free space.")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return GraftError(f"No permission to write {path}. Choose another folder with --run.")
@@ -134,12 +138,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise GraftError(f"There is no checkpoint at {path}. Start the run first with `graft fit`.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise GraftError(f"{path} is damaged or not a checkpoint of Graft. Start the run again.") from error
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch writes checksums, but does not compare them
+        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise GraftError(f"No permission to read {path}. Change its permissions.") from error
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise _damaged(path) from error
+    if damaged:
+        raise _damaged(path)
     if not isinstance(state, dict) or "graft" not in state:
         raise GraftError(f"{path} is not a checkpoint of Graft. Give the last.ckpt of a run.")
     return state
+
+
+def _damaged(path: Path) -> GraftError:
+    return GraftError(f"{path} is damaged or not a checkpoint of Graft. Start the run again.")
 
 
 class LastCheckpoint(L.Callback):

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -18,7 +19,23 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _convolution_backward(grad: list[int], x: list[int], weight: list[int], *args: Any, **kwargs: Any) -> int:  # noqa: ANN401
+    """Count each wanted gradient as a forward pass; torch's formula counts every group's channels for the weight's."""
+    transposed, wanted = args[4], args[7]
+    return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=transposed)
+
+
+# What torch's table of formulas lacks (the attention kernel of a CPU) or gets wrong (grouped convolutions).
+_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: sdpa_flop_count(*args[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **kwargs: (
+        sdpa_backward_flop_count(*args[:4])
+    ),
+    torch.ops.aten.convolution_backward: _convolution_backward,
+}
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -42,11 +59,25 @@ class TrainMemory:
         return {**parts, "total": sum(parts.values())}
 
 
+@contextmanager
+def kept_buffers(module: nn.Module) -> Generator[None]:
+    """Give every buffer its values back behind the block; caches that a forward pass makes or resizes stay."""
+    before = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in before and buffer.shape == before[name].shape:
+                    buffer.copy_(before[name])
+
+
 def measure_step(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, int]:
     """Run one forward and backward pass and read off what it keeps and computes.
 
-    Parameters, gradients, buffers and the random state are left as they were. Matrix products, convolutions and
-    attention are counted as FLOPs (torch's flop counter: a multiply-add is two); element-wise work is not.
+    Parameters, buffers and the random state are left as they were, and no gradients remain. Matrix products,
+    convolutions and attention are counted as FLOPs (torch's flop counter: a multiply-add is two); element-wise work is
+    not.
 
     Args:
         module: Everything whose parameters and buffers take part.
@@ -56,7 +87,6 @@ def measure_step(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, in
         Bytes of saved activations (distinct storages, without the weights), and FLOPs of the step.
     """
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -65,14 +95,12 @@ def measure_step(module: nn.Module, loss: Callable[[], Tensor]) -> tuple[int, in
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+    flops = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    with kept_buffers(module), torch.random.fork_rng(), flops as counter:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             value = loss()
         value.backward()
     module.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
     return sum(saved.values()), counter.get_total_flops()
 
 

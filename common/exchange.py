@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from common.attach import Attached, attach, state_digest, tuner_layers
 from common.checkpoint import LAST, read_checkpoint
 from common.domain import Domain
 from common.errors import GraftError, unknown
-from common.methods import METHODS, MethodSpec
+from common.methods import METHODS, MethodSpec, Plan
 from common.roles import resolve
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ GRAFT = "graft.json"
 HEAD = "head.safetensors"
 MODEL = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 CERTIFICATE = "certificate.json"
 RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-4
@@ -51,13 +53,31 @@ def adapter_state(task: AdaptedTask) -> dict[str, Tensor]:
 
 def adapter_bytes(task: AdaptedTask) -> dict[str, int]:
     """Return the file sizes of a task's adapter, head and bare backbone, as safetensors."""
-    shared = {name: tensor.contiguous() for name, tensor in adapter_state(task).items()}
+    shared = _plain(adapter_state(task))
+    if _starts_from_the_weight(task.peft):  # the export holds the start beside the trained factors
+        shared = {name: torch.cat((tensor, tensor)) for name, tensor in shared.items()}
     backbone = sum(size for size, _ in task.attached.params_by_role.values()) * 4
     return {
         "adapter_bytes": len(save(shared)) if shared else 0,
-        "head_bytes": len(save(dict(task.head.state_dict()))),
+        "head_bytes": len(save(_plain(task.head.state_dict()))),
         "backbone_bytes": backbone,
     }
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors takes them: contiguous, none sharing memory (tied weights are written twice)."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        whole = tensor.detach().contiguous()
+        plain[name] = whole.clone() if whole.untyped_storage().data_ptr() in seen else whole
+        seen.add(whole.untyped_storage().data_ptr())
+    return plain
+
+
+def _starts_from_the_weight(spec: MethodSpec) -> bool:
+    """Whether the method moves part of the weight into the adapter, so that an export must move it back."""
+    return getattr(spec, "init", "default") in ("pissa", "olora")
 
 
 def rebuild(record: Mapping[str, Any], domains: Mapping[str, Domain]) -> AdaptedTask:
@@ -66,8 +86,18 @@ def rebuild(record: Mapping[str, Any], domains: Mapping[str, Domain]) -> Adapted
     Only names are read from the file; classes come from the registered domains and methods.
 
     Raises:
-        GraftError: A domain, task or method that is not registered here.
+        GraftError: A domain, task or method that is not registered here, or settings that it does not have.
     """
+    try:
+        return _rebuild(record, domains)
+    except (KeyError, TypeError) as error:
+        raise GraftError(
+            f"The record does not describe a task of Graft {__version__} ({error}). It was written by another version "
+            "or changed by hand; export the adapter again."
+        ) from error
+
+
+def _rebuild(record: Mapping[str, Any], domains: Mapping[str, Domain]) -> AdaptedTask:
     from common.task import OptimSpec
 
     if record.get("domain") not in domains:
@@ -111,7 +141,7 @@ def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str
     task = restore(run, record, domains)
     with _new_folder(out) as folder:
         _write_adapter(task, folder)
-        save_file({k: v.contiguous() for k, v in task.head.state_dict().items()}, folder / HEAD)
+        save_file(_plain(task.head.state_dict()), folder / HEAD)
         identity = {
             k: record[k] for k in ("domain", "task", "settings", "facts", "method", "optim", "seed", "base_digest")
         }
@@ -129,7 +159,7 @@ def _write_adapter(task: AdaptedTask, folder: Path) -> None:
     if isinstance(model, PeftModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns that it finds no hub config, which a timm model never has
-            if getattr(task.peft, "init", "default") in ("pissa", "olora"):
+            if _starts_from_the_weight(task.peft):
                 with tempfile.TemporaryDirectory() as start:
                     cast("PeftModel", _fresh(task).backbone).save_pretrained(start, save_embedding_layers=False)
                     model.save_pretrained(
@@ -139,7 +169,7 @@ def _write_adapter(task: AdaptedTask, folder: Path) -> None:
                 model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
     elif task.attached.plan.mode == "full":
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / MODEL)
+        save_file(_plain(model.state_dict()), folder / MODEL)
 
 
 def _fresh(task: AdaptedTask) -> AdaptedTask:
@@ -158,8 +188,8 @@ def _certify(task: AdaptedTask, folder: Path, domains: Mapping[str, Domain]) -> 
         reload_error = float((reloaded(batch) - expected).abs().max())
     if reload_error > RELOAD_TOLERANCE:
         raise GraftError(
-            f"The export does not reload exactly: outputs differ by {reload_error:.1e} (allowed {RELOAD_TOLERANCE:.0e}). "
-            "Nothing was written."
+            f"The export does not reload exactly: outputs differ by {reload_error:.1e}, {RELOAD_TOLERANCE:.0e} is "
+            "allowed. Nothing was written."
         )
     merge_error, reason = _try_merge(reloaded, batch, expected)
     return {
@@ -190,10 +220,13 @@ def load(folder: Path, domains: Mapping[str, Domain]) -> AdaptedTask:
         raise GraftError(
             f"{folder} is not an adapter folder ({GRAFT} is missing). Write one with `graft export RUN OUT`."
         )
-    record = json.loads((folder / GRAFT).read_text())
+    try:
+        record = json.loads((folder / GRAFT).read_text())
+    except ValueError as error:
+        raise GraftError(f"{folder / GRAFT} is damaged: {error}. Export the adapter again.") from error
     task = rebuild(record, domains)
-    task.assemble(lambda built: _attach_folder(built, task.peft, folder, record["base_digest"]))
-    _load_exactly(task.head, load_file(folder / HEAD), "head")
+    task.assemble(lambda built: _attach_folder(built, task.peft, folder, record.get("base_digest", "")))
+    _load_exactly(task.head, _read(folder / HEAD), "head")
     task.eval()
     return task
 
@@ -214,29 +247,64 @@ def _attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str)
                 f"{folder} has no {ADAPTER}, which a {type(spec).__name__} adapter needs. Export it again."
             )
         if attached.plan.mode == "full":
-            _load_exactly(attached.model, load_file(folder / MODEL), "model")
+            _load_exactly(attached.model, _read(folder / MODEL), "model")
         return attached
     roles = resolve(built.model, built.family) if built.family else None
     plan = spec.plan(built.model, roles)
     base_params = sum(p.numel() for p in built.model.parameters())
+    stored = _read(folder / ADAPTER)
+    _check_config(folder, spec, plan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing keys only warn in PEFT; they are checked below instead
-        model = PeftModel.from_pretrained(built.model, str(folder))
+        try:
+            model = PeftModel.from_pretrained(built.model, str(folder))
+        except RuntimeError as error:
+            raise GraftError(f"{folder / ADAPTER} does not fit: {' '.join(str(error).split())}") from error
     own_keys = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    _compare_keys(set(load_file(folder / ADAPTER)), own_keys, str(folder / ADAPTER))
+    _compare_keys(set(stored), own_keys, str(folder / ADAPTER))
     return Attached(model=model, spec=spec, plan=plan, roles=roles, base_digest=digest, base_params=base_params)
 
 
+def _check_config(folder: Path, spec: MethodSpec, plan: Plan) -> None:
+    """Refuse a PEFT configuration that says more than the method does: PEFT imports modules that one may name."""
+    try:
+        given = json.loads((folder / ADAPTER_CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise GraftError(f"{folder / ADAPTER_CONFIG} is missing or damaged. Export the adapter again.") from error
+    wanted = plan.peft_config.to_dict() if plan.peft_config else {}
+    wanted = json.loads(json.dumps(wanted, default=sorted))  # sets as PEFT writes them
+    free = {"base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping"}
+    if _starts_from_the_weight(spec):  # exported as plain LoRA of twice the rank
+        free |= {"r", "lora_alpha", "init_lora_weights", "use_rslora"}
+    wrong = sorted(key for key in given if key not in free and given[key] != wanted.get(key))
+    if wrong:
+        raise GraftError(
+            f"{folder / ADAPTER_CONFIG} does not say what {GRAFT} says ({', '.join(wrong)}). Export the adapter again."
+        )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise GraftError(f"{path} is missing or damaged. Export the adapter again.") from error
+
+
 def _load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    _compare_keys(set(state), set(module.state_dict()), what)
+    own = module.state_dict()
+    _compare_keys(set(state), set(own), what)
+    wrong = [name for name in sorted(own) if state[name].shape != own[name].shape]
+    if wrong:
+        raise GraftError(f"{what} does not fit: {', '.join(wrong[:3])} have other shapes. Export it again.")
     module.load_state_dict(dict(state))
 
 
 def _compare_keys(stored: set[str], expected: set[str], what: str) -> None:
     if stored != expected:
+        missing, unexpected = sorted(expected - stored), sorted(stored - expected)
         raise GraftError(
-            f"{what} does not fit: {len(expected - stored)} tensors missing ({', '.join(sorted(expected - stored)[:3])}), "
-            f"{len(stored - expected)} unexpected ({', '.join(sorted(stored - expected)[:3])}). Export it again."
+            f"{what} does not fit: {len(missing)} tensors missing ({', '.join(missing[:3])}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:3])}). Export it again."
         )
 
 
@@ -282,7 +350,7 @@ def merge(folder: Path, out: Path, domains: Mapping[str, Domain]) -> float:
             f"Merging changes the outputs by {error:.1e} (allowed {MERGE_TOLERANCE:.0e}); nothing was written."
         )
     with _new_folder(out) as place:
-        save_file({k: v.contiguous() for k, v in task.backbone.state_dict().items()}, place / MODEL)
+        save_file(_plain(task.backbone.state_dict()), place / MODEL)
         shutil.copy(folder / HEAD, place / HEAD)
         shutil.copy(folder / GRAFT, place / "source.json")
         _write_json(place / CERTIFICATE, {"merge_max_abs_error": error, "versions": _versions()})
@@ -311,8 +379,9 @@ class _new_folder:
             self.folder.replace(self.out)
             return
         shutil.rmtree(self.folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise GraftError(f"{self.out} could not be written: {error.strerror}. Nothing was left.") from error
+        if isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or str(error)
+            raise GraftError(f"{self.out} could not be written: {reason}. Nothing was left.") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Loaders whose order and position are part of a run's state, so that a resumed run sees the batches it would have seen.
+"""Loaders whose order and position belong to a run's state, so that a resumed run sees the batches that were due.
 
 The order of an epoch is a pure function of `(seed, epoch)`; augmentation is a pure function of
 `(seed, epoch, index)`. A checkpoint therefore stores two numbers, the epoch and the batches already taken, and no RNG
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Generator, Iterator, Mapping, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -130,12 +130,16 @@ class StatefulLoader(DataLoader[Any]):
             GraftError: The loader differs (data size, batch size, seed or number of processes), so that the order
                 would be another one.
         """
+        self.check(state)
+        self._epochs.set_epoch(state["epoch"])
+        self._resume = {"epoch": state["epoch"], "taken": state["taken"]}
+
+    def check(self, state: Mapping[str, int]) -> None:
+        """Refuse the state of a loader whose order is another; `load_state_dict` says when."""
         mine = self._identity()
         wrong = [f"{key} was {state.get(key)} and is {value}" for key, value in mine.items() if state.get(key) != value]
         if wrong:
             raise GraftError(f"This checkpoint cannot resume: {'; '.join(wrong)}. Use the run's own configuration.")
-        self._epochs.set_epoch(state["epoch"])
-        self._resume = {"epoch": state["epoch"], "taken": state["taken"]}
 
     def _identity(self) -> dict[str, int]:
         sampler = self._epochs

@@ -54,10 +54,10 @@ def build_trainer(folder: Path, *callbacks: L.Callback, **options: Any) -> L.Tra
         "enable_model_summary": False,
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in progress),
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # our loaders split the data over ranks themselves
         "default_root_dir": folder,
     }
-    return L.Trainer(**(defaults | given))
+    fixed: dict[str, Any] = {"use_distributed_sampler": False}  # our loaders split the data over ranks themselves
+    return L.Trainer(**(defaults | given | fixed))
 
 
 def fit(
@@ -96,16 +96,23 @@ def fit(
             f"{folder} already holds a run. Add --resume to go on with it, or choose another --run folder."
         )
     make_folder(folder)
-    if config is not None:
-        write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
-    meter = CostMeter()
-    trainer = build_trainer(folder, LastCheckpoint(folder, save_every), meter, **trainer_options)
     start = last if resume and last.exists() else None
-    if start is not None:
-        read_checkpoint(start)  # a damaged file is refused before anything is built
+    begun = read_checkpoint(start)["global_step"] if start else -1  # a damaged file is refused before anything is built
+    if config is not None and start is None:
+        _write_config(folder, config)
+    meter, validation = CostMeter(), _LastValidation()
+    trainer = build_trainer(folder, LastCheckpoint(folder, save_every), meter, validation, **trainer_options)
     trainer.fit(task, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if config is not None and start is not None:
+        _write_config(folder, config)  # only now is it known to be this run's
+    if trainer.global_step == begun and (folder / METRICS).exists():
+        record = read_record(folder)
+        if record["cost"]["steps"] == begun:  # the run was finished already
+            return record
+    if trainer.enable_validation and validation.step != trainer.global_step:
+        trainer.validate(task, datamodule=data, verbose=False)
     values = trainer.callback_metrics
     record = _record(task, data, trainer, meter, recipe)
     record["val"] = {key.removeprefix("val/"): _number(v) for key, v in values.items() if key.startswith("val/")}
@@ -156,6 +163,17 @@ def validate(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **
     return record
 
 
+class _LastValidation(L.Callback):
+    """Note the step of the last validation: a fit may end behind it, and the record is of the last weights."""
+
+    def __init__(self) -> None:
+        self.step = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step."""
+        self.step = trainer.global_step
+
+
 class _Outputs(L.Callback):
     """Keep the test outputs of every batch."""
 
@@ -192,6 +210,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON atomically."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _write_config(folder: Path, config: str) -> None:
+    write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
 
 
 def make_folder(folder: Path) -> None:

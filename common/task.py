@@ -9,13 +9,14 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from common import checkpoint as ckpt
 from common.attach import Attached, attach, probe
 from common.errors import GraftError
-from common.loading import mix_seed
+from common.loading import StatefulLoader, mix_seed
 from common.methods import MethodSpec
 from common.roles import Family
 
@@ -80,7 +81,7 @@ class AdaptedTask(L.LightningModule):
         optim: Optimizer and schedule.
         settings: The subclass's other arguments, as plain values; they identify a run and rebuild the task.
         seed: Seed of the head, the adapter and every training step.
-        gradient_checkpointing: Recompute the backbone's blocks in the backward pass instead of keeping their activations.
+        gradient_checkpointing: Recompute the backbone's blocks in the backward pass, to keep fewer activations.
     """
 
     domain: ClassVar[str] = ""
@@ -266,42 +267,57 @@ class AdaptedTask(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Group the trainable parameters by learning rate and weight decay (head, adapter, depth; vectors undecayed)."""
+        """Group the trainable parameters by learning rate and weight decay.
+
+        The head has its own rate and depth lowers the backbone's. Vectors are not decayed, nor are the backbone's
+        matrices of one row or column (scales of additive methods, whose neutral value is one; class tokens).
+        """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         head_lr = self.optim.head_lr if self.optim.head_lr is not None else self.optim.lr
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
             rate = self.optim.lr * self._depth_factor(name) if name.startswith("backbone.") else head_lr
-            decay = self.optim.weight_decay if parameter.ndim > 1 else 0.0
+            axes = parameter.squeeze().ndim if name.startswith("backbone.") else parameter.ndim
+            decay = self.optim.weight_decay if axes > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def _depth_factor(self, name: str) -> float:
-        blocks = self.attached.roles.blocks if self.attached.roles else ()
-        if self.optim.layer_decay == 1.0 or not blocks:
+        roles = self.attached.roles
+        blocks = roles.blocks if roles else ()
+        if self.optim.layer_decay == 1.0 or roles is None or not blocks:
             return 1.0
         inner = name.removeprefix("backbone.").removeprefix("base_model.model.")
         for depth, block in enumerate(blocks):
             if inner.startswith(f"{block}."):
                 return self.optim.layer_decay ** (len(blocks) - depth)
         owner = inner.rpartition(".")[0]
-        roles = self.attached.roles
-        first = not owner or (roles is not None and roles.role_of.get(owner) in ("stem", "embed"))
+        first = not owner
+        while owner and not first:  # an adapter's parameters lie below the module that carries the role
+            first = roles.role_of.get(owner) in ("stem", "embed")
+            owner = owner.rpartition(".")[0]
         return self.optim.layer_decay ** (len(blocks) + 1) if first else 1.0
 
     def _total_steps(self) -> int:
         """Count the optimizer steps of the whole fit.
 
         Reading Lightning's own estimate would build the loaders early and drop a resumed loader's position.
+
+        Raises:
+            GraftError: The fit has no end that a schedule could aim at.
         """
         trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
+        steps, epochs = trainer.max_steps, trainer.max_epochs
+        if epochs is None or epochs < 0:
+            if steps > 0:
+                return steps
+            raise GraftError("The learning rate's schedule needs an end. Give trainer.max_epochs or trainer.max_steps.")
         batches = len(self._datamodule().train_dataloader())
         limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return max(1, math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1))
+        total = max(1, math.ceil(batches / trainer.accumulate_grad_batches) * epochs)
+        return min(total, steps) if steps > 0 else total
 
     # ---- checkpoint ---------------------------------------------------------------------------------------------
 
@@ -356,3 +372,12 @@ class AdaptedTask(L.LightningModule):
                 f"This checkpoint belongs to another run: {'; '.join(wrong)}. Use that run's configuration."
             )
         ckpt.check_state(checkpoint["state_dict"], self, self._expected_state)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self._check_loader(checkpoint["loops"]["fit_loop"]["state_dict"])
+
+    def _check_loader(self, fit_loop: Mapping[str, Any]) -> None:
+        """Refuse to go on with other data or batches; Lightning restores the loader within an epoch only."""
+        loader = self._datamodule().train_dataloader()
+        if isinstance(loader, StatefulLoader):
+            for state in fit_loop.get("combined_loader", []):
+                loader.check(state)

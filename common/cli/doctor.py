@@ -39,7 +39,12 @@ def _packages(problems: list[str]) -> list[tuple[str, str]]:
     from packaging.requirements import Requirement
 
     rows = [("python", platform.python_version())]
-    for line in requires("graft") or []:
+    try:
+        wanted = requires("graft") or []
+    except PackageNotFoundError:
+        problems.append("package graft, of which this is the source: run `make install`")
+        wanted = []
+    for line in wanted:
         requirement = Requirement(line)
         if requirement.marker is not None:
             continue

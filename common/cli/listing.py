@@ -74,7 +74,7 @@ def _rows(kind: str, domains: Mapping[str, Domain]) -> tuple[list[str], list[lis
 
 def _purpose(path: Path) -> str:
     """Read the first comment line of a recipe."""
-    first = path.read_text().splitlines()[0]
+    first = next(iter(path.read_text(encoding="utf-8").splitlines()), "")
     return first.removeprefix("#").removeprefix(" Purpose:").strip() if first.startswith("#") else ""
 
 

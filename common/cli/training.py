@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import logging
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any, Literal
 import jsonargparse
 import lightning as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from common import run as runs
 from common._yaml import Loader
+from common.cli._explain import check_recipe, explain, own_error
 from common.domain import Domain
-from common.errors import GraftError, suggest, unknown
-from common.methods import METHODS, MethodSpec
+from common.errors import GraftError
+from common.methods import MethodSpec
 from common.task import AdaptedTask
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
@@ -27,6 +28,17 @@ Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "6
 # YAML 1.1 reads the key `on:` of every recipe as the boolean true; see common/_yaml.py.
 jsonargparse.set_loader("yaml12", lambda text: yaml.load(text, Loader=Loader), exceptions=(yaml.YAMLError,))
 jsonargparse.set_dumper("yaml12", lambda data: yaml.safe_dump(data, sort_keys=False, default_flow_style=False))
+
+
+# What libraries warn of although it is meant so, or is none of the user's business.
+_NOISE = (
+    ".*does not have many workers.*",
+    ".*eval mode at the start.*",
+    ".*GPU available but not used.*",
+    ".*callbacks used to create the checkpoint.*",  # costs are measured while fitting only
+    ".*Specified to not save vera_A.*",  # they are drawn again from the seed
+    r".*isinstance\(treespec, LeafSpec\).*",
+)
 
 
 class RecipeTrainer(L.Trainer):
@@ -54,6 +66,13 @@ class RecipeCLI(LightningCLI):
         parser.add_argument("--resume", action="store_true", help="Go on from the folder's last.ckpt, if there is one.")
         parser.add_argument("--save_every", type=int, default=0, help="Also save after this many steps in an epoch.")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Parse, and check the seed, which Lightning sets before anything else."""
+        super().parse_arguments(parser, args)
+        seed = int(self.config.seed_everything)
+        if not 0 <= seed < 2**32:
+            raise GraftError(f"seed_everything is {seed}; give a whole number from 0 to 2^32 - 1.")
+
     def before_instantiate_classes(self) -> None:
         """Give the one seed of the recipe to task and data."""
         for part in ("model", "data"):
@@ -75,15 +94,33 @@ class RecipeCLI(LightningCLI):
 
 
 def run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
-    """Run one of the verbs `fit`, `validate`, `test`."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    """Run one of the verbs `fit`, `validate`, `test`.
+
+    Raises:
+        GraftError: The recipe, the data or the run cannot be used as asked.
+        KeyboardInterrupt: The user stopped it.
+    """
+    try:
+        return _run(verb, argv, domains)
+    except MisconfigurationException as error:
+        raise GraftError(f"The trainer refuses this recipe: {' '.join(str(error).split())}") from error
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which Lightning turns into an exit of its own
+            raise error.__context__ from None
+        raise
+
+
+def _run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        for noise in (".*does not have many workers.*", ".*eval mode at the start.*", ".*GPU available but not used.*"):
+        for noise in _NOISE:
             warnings.filterwarnings("ignore", message=noise)
         for domain in domains.values():
             domain.load_all()
         if verb == "fit":
-            cli = _parse(argv)
+            resumed = "--resume" in argv and not _given(argv, "--config", "-c")
+            cli = _parse(_saved_arguments(argv) if resumed else argv)
             folder = cli.config.run or Path("runs") / _recipe(cli).stem
             options = {"resume": cli.config.resume, "save_every": cli.config.save_every, "recipe": str(_recipe(cli))}
             record = runs.fit(cli.model, cli.datamodule, folder, config=cli.dump(), **options, **cli.trainer_options)
@@ -104,7 +141,7 @@ def _report(folder: Path, stage: str, record: Mapping[str, Any]) -> int:
     console.print(f"{folder}: {stage}  {quality}")
     console.print(
         f"trainable {cost['params_trainable']:,} ({cost['trainable_percent']:.3f} %)  "
-        f"training memory {cost['train_memory']['total'] / 2**20:.1f} MiB  "
+        f"training memory {cost['train_memory']['total'] / 1e6:.1f} MB  "
         f"{cost['fit_seconds']:.1f} s  adapter {cost['adapter_bytes']:,} bytes"
     )
     return 0
@@ -119,16 +156,25 @@ def _saved_arguments(argv: Sequence[str]) -> list[str]:
     """Put a run's own configuration before the arguments of `validate` and `test`."""
     if "--help" in argv or "-h" in argv:
         return list(argv)
-    folder = next((Path(value) for flag, value in zip(argv, argv[1:], strict=False) if flag == "--run"), None)
-    if folder is None:
-        raise GraftError("Say which run: `graft test --run runs/NAME`.")
+    given = _given(argv, "--run")
+    if not given:
+        raise GraftError("Say which run: add --run runs/NAME.")
+    folder = Path(given[-1])
     config = folder / runs.CONFIG
     if not config.is_file():
         raise GraftError(f"{folder} is not the folder of a run ({runs.CONFIG} is missing). Start it with `graft fit`.")
     return ["--config", str(config), *argv]
 
 
+def _given(argv: Sequence[str], *flags: str) -> list[str]:
+    """Return the values of a flag, written as `--flag value` or `--flag=value`."""
+    after = [value for flag, value in itertools.pairwise(argv) if flag in flags]
+    return after + [text.partition("=")[2] for text in argv if text.partition("=")[0] in flags and "=" in text]
+
+
 def _parse(argv: Sequence[str]) -> RecipeCLI:
+    for path in _given(argv, "--config", "-c"):
+        check_recipe(Path(path))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
@@ -143,59 +189,16 @@ def _parse(argv: Sequence[str]) -> RecipeCLI:
                 save_config_callback=None,
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
-                parser_kwargs={"parser_mode": "yaml12", "exit_on_error": False, "prog": "graft fit"},
+                parser_kwargs={
+                    "parser_mode": "yaml12",
+                    "exit_on_error": False,
+                    "allow_abbrev": False,
+                    "prog": "graft fit",
+                },
             )
     except jsonargparse.ArgumentError as error:
-        raise explain(str(error)) from error
-
-
-def explain(message: str) -> GraftError:
-    """Turn jsonargparse's many-line message into one line, with the nearest name where a name is wrong."""
-    text = " ".join(message.split())
-    key = next(iter(re.findall(r'[Pp]arser key "([\w.]+)"', text)), "")
-    wrong_class = re.search(
-        r"Expected a dot import path string: ([\w.]+)|Import path ([\w.]+)|no (?:sub)?class .*?named ([\w.]+)", text
-    )
-    option = re.search(
-        r"Problem with given class_path '([\w.]+)': .*?(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)", text
-    )
-    if option:
-        cls = _find(option.group(1))
-        names = [n for n in inspect.signature(cls).parameters if n not in ("self", "kwargs")] if cls else []
-        return GraftError(
-            f"'{option.group(2)}' is no setting of {option.group(1).rpartition('.')[2]}.{suggest(option.group(2), names)}"
-        )
-    if wrong_class and key in ("peft", "model", "data"):
-        given = next(g for g in wrong_class.groups() if g)
-        offers = {"peft": list(METHODS), "model": _names(AdaptedTask), "data": _names(L.LightningDataModule)}
-        kind = {"peft": "method", "model": "task", "data": "datamodule"}[key]
-        return unknown(kind, given, offers[key])
-    missing = re.search(r'Key "([\w.]+)" is required', text)
-    if missing:
-        return GraftError(
-            f"The recipe says nothing about '{missing.group(1)}'. Give a recipe with --config, or add it."
-        )
-    text = re.sub(r"Given value type: .*", "", text).replace("Does not validate against any of the Union subtypes ", "")
-    text = re.sub(r"Subtypes: \[.*?\] Errors: ", "", text).replace(" - Expected a <class 'NoneType'>", "")
-    return GraftError(f"{text.strip()} (see `graft fit --help`)")
-
-
-def _names(base: type[Any]) -> list[str]:
-    found: list[str] = []
-    for child in base.__subclasses__():
-        if not child.__module__.startswith("lightning"):
-            found += [child.__name__, *_names(child)] if not inspect.isabstract(child) else _names(child)
-    return found
-
-
-def _find(path: str) -> type[Any] | None:
-    name = path.rpartition(".")[2]
-    if name in METHODS:
-        return METHODS[name]
-    pool: list[type[Any]] = [AdaptedTask, L.LightningDataModule]
-    while pool:
-        cls = pool.pop()
-        if cls.__name__ == name:
-            return cls
-        pool.extend(cls.__subclasses__())
-    return None
+        raise (own_error(error) or explain(str(error))) from error
+    except ValueError as error:
+        if mine := own_error(error):
+            raise mine from error
+        raise

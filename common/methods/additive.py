@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class IA3(OnModules):
     """Infused adapter by inhibiting and amplifying inner activations (Liu et al. 2022, arXiv 2205.05638).
 
-    Each adapted layer's output is scaled, y = l * (W x) with l = 1 at the start; the second layer of a feed-forward
+    Each adapted layer's output is scaled, y = l * (W x + b) with l = 1 at the start; the second layer of a feed-forward
     network (role `ffn_out`) is scaled at its input instead, as in the paper. Trainable parameters: one number for each
     output (input) channel. Very few parameters; wants a higher learning rate than LoRA.
     """

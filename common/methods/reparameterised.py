@@ -50,6 +50,8 @@ class LoRA(OnModules):
         _positive_rank("LoRA", self.rank)
         if not 0.0 <= self.dropout < 1.0:
             raise GraftError(f"LoRA dropout is {self.dropout}; give a share in [0, 1).")
+        if self.dora and self.init in ("pissa", "olora"):
+            raise GraftError(f"LoRA with dora cannot start from {self.init}, since no export could hold it. Drop one.")
         targets = self.select(model, roles)
         require_types("LoRA", model, targets, ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
         for name in targets:

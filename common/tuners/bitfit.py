@@ -104,7 +104,8 @@ class BitFitLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
             raise ValueError(f"BitFit holds whole biases, so one adapter can be active at a time, not {active}.")
-        bias = self.bitfit_bias[active[0]]
+        # PEFT keeps trained parameters in single precision even where the layer is in half.
+        bias = self.bitfit_bias[active[0]].to(self._base_bias().dtype)
         return functional_call(self.base_layer, {"bias": bias}, (x, *args), kwargs)
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.errors import GraftError, suggest
-from common.roles import NORMS, Family, Pattern
+from common.errors import GraftError, suggest, unknown
+from common.roles import NORMS, Family, Pattern, has_affine
 from common.task import Backbone
 from domains.vision.starters import STARTERS
 
@@ -71,7 +71,12 @@ EFFICIENTNET = Family(
     block=r"blocks\.\d+\.\d+",
     roles={
         "stem": (Pattern(r"conv_stem", CONV),),
-        "conv": (Pattern(r"blocks\.\d+\.\d+\.(conv|conv_pw|conv_pwl|conv_exp)|conv_head", CONV, _pointwise),),
+        "attention_qkv": (Pattern(r"blocks\.\d+\.\d+\.attn\.(query|key|value)\.proj", CONV, _pointwise),),
+        "attention_out": (Pattern(r"blocks\.\d+\.\d+\.attn\.output\.proj", CONV, _pointwise),),
+        "conv": (
+            Pattern(r"blocks\.\d+\.\d+\.(conv|conv_pw|conv_pwl|conv_exp|pw_exp\.conv|pw_proj\.conv)", CONV, _pointwise),
+            Pattern(r"conv_head", CONV, _pointwise),
+        ),
         "norm": _NORM,
     },
 )
@@ -99,6 +104,11 @@ FAMILIES: dict[str, Family] = {
 }
 # Modules of timm whose models are built for one input size and take it as `img_size`.
 SIZED = ("vision_transformer", "deit", "beit", "eva", "swin_transformer", "swin_transformer_v2")
+# What timm counts to the classifier, so that `forward_features` leaves it out. A last norm there is applied to the
+# tokens; the rest would be carried along unused, so it is taken off.
+LAST_NORMS = ("fc_norm", "head.norm")
+UNUSED = {"VisionTransformer": ("attn_pool",), "Eva": ("attn_pool",), "MobileNetV3": ("conv_head", "norm_head")}
+CLASSIFIERS = ("head.", "head_dist.", "classifier.", "fc.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +120,14 @@ class VisionBackbone(Backbone):
         std: Per-channel standard deviation.
         width: Channels of its features.
         prefix_tokens: Class and register tokens before the patch tokens; 0 for feature maps.
+        plain: Whether it is just what `timm.create_model(name, num_classes=0)` builds.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     width: int
     prefix_tokens: int
+    plain: bool
 
 
 def build(
@@ -139,6 +151,8 @@ def build(
         GraftError: Unknown name, weights that cannot be had or do not fit, a depth or size that the model has not.
     """
     if name in STARTERS:
+        if weights is not None:
+            raise GraftError(f"'{name}' brings its own weights; leave out 'weights', or name a timm model.")
         starter = STARTERS[name]
         model = _create(starter.arch, image_size, starter.model_args(image_size))
         if pretrained:
@@ -148,8 +162,11 @@ def build(
         model = _timm_model(name, image_size, pretrained=pretrained, weights=weights)
         facts = timm.data.resolve_model_data_config(model)
         mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    if not pretrained and weights is None:
+        _open_branches(model)
     if depth is not None:
         _truncate(model, name, depth)
+    changed = _adjust(model)
     return VisionBackbone(
         name=name,
         model=model.eval(),
@@ -158,6 +175,7 @@ def build(
         std=std,
         width=int(model.num_features),
         prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
+        plain=not (changed or name in STARTERS or weights is not None or depth is not None),
     )
 
 
@@ -167,30 +185,61 @@ def _timm_model(name: str, image_size: int, *, pretrained: bool, weights: str | 
         raise GraftError(
             f"Unknown vision backbone '{name}'.{near} Use a starter ({', '.join(STARTERS)}) or a timm model."
         )
+    arch, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
+    if tag and tag not in tags:
+        raise unknown(f"weights of timm model {arch}", tag, tags)
     if weights is None:
         return _create(name, image_size, {}, pretrained=pretrained)
     model = _create(name, image_size, {})
-    state = read_weights(Path(weights))
-    own = model.state_dict()
-    classifier = ("head.", "classifier.", "fc.")
-    state = {key: tensor for key, tensor in state.items() if key in own or not key.startswith(classifier)}
-    wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+    _load_file(model, name, image_size, Path(weights))
+    return model
+
+
+def _load_file(model: nn.Module, name: str, image_size: int, path: Path) -> None:
+    """Load a local state dict; a classifier in it is left out, everything else must fit."""
+    unused = tuple(f"{part}." for part in UNUSED.get(type(model).__name__, ()))
+    own = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(unused)}
+    state = read_weights(path)
+    state = {key: tensor for key, tensor in state.items() if key in own or not key.startswith((*CLASSIFIERS, *unused))}
+    wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
         raise GraftError(
-            f"{weights} does not fit timm model '{name}' at {image_size} px: {len(wrong)} tensors, e.g. {wrong[0]}."
+            f"{path} does not fit timm model '{name}' at {image_size} px: {len(wrong)} tensors differ, such as "
+            f"{wrong[0]}. Give the weights of this model and image size."
         )
-    model.load_state_dict(state)
-    return model
+    model.load_state_dict(state, strict=False)  # all but the unused parts, as was just checked
+
+
+def _adjust(model: nn.Module) -> bool:
+    """Make every module of a timm model one that runs, and runs as a module; the tokens stay as they are.
+
+    Returns:
+        Whether anything was changed.
+    """
+    separate = [module for module in model.modules() if getattr(module, "qkv_bias_separate", True) is False]
+    separate = [module for module in separate if getattr(module, "q_bias", None) is not None]
+    for module in separate:
+        # BEiT, EVA and Swin V2 would read the weight of `qkv` without calling it, past any adapter on it.
+        module.qkv_bias_separate = True
+    unused = [name for name in UNUSED.get(type(model).__name__, ()) if not isinstance(_part(model, name), nn.Identity)]
+    for name in unused:
+        setattr(model, name, nn.Identity())
+    return bool(separate or unused)
+
+
+def _open_branches(model: nn.Module) -> None:
+    """Let gradients through a random start: ResNet and Swin V2 begin with residual branches that are scaled to zero."""
+    for module in model.modules():
+        if isinstance(module, NORMS) and has_affine(module) and not module.weight.any():
+            nn.init.ones_(module.weight)
 
 
 def _create(name: str, image_size: int, args: dict[str, Any], *, pretrained: bool = False) -> Any:  # noqa: ANN401
     """Create a timm model without classifier, at the wanted input size where its architecture is built for one."""
-    from timm.models import model_entrypoint
-
-    sized = model_entrypoint(name).__module__.rpartition(".")[2] in SIZED
-    options = {"img_size": image_size} if sized else {}
+    options = {"img_size": image_size} if takes_size(name) else {}
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **(options | args))
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options | args))
     except AssertionError as error:
         raise GraftError(
             f"timm model '{name}' cannot be built for {image_size} px: {error}. Choose another image_size."
@@ -202,21 +251,44 @@ def _create(name: str, image_size: int, args: dict[str, Any], *, pretrained: boo
             f"The weights of timm model '{name}' could not be had ({type(error).__name__}). Connect to the hub, give a "
             "local file with 'weights', or use a starter."
         ) from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if image_size % patch:
+        below = max(image_size // patch, 1) * patch
+        raise GraftError(
+            f"image_size {image_size} is no multiple of {patch}, the patch side of '{name}': a part of each image "
+            f"would go unseen. Take {below} or {below + patch}."
+        )
+    return model
+
+
+def takes_size(name: str) -> bool:
+    """Whether a timm model is built for one input size, which `timm.create_model` then takes as `img_size`."""
+    from timm.models import model_entrypoint
+
+    return timm.is_model(name) and model_entrypoint(name).__module__.rpartition(".")[2] in SIZED
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict from a local `.safetensors` or torch file, without unpickling code.
 
     Raises:
-        GraftError: No such file, or not a state dict.
+        GraftError: No such file, one that is damaged or would run code, or no state dict.
     """
     if not path.is_file():
         raise GraftError(f"There is no weights file {path}. Give a .safetensors or .pth file.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle fails in any of a dozen ways
+        raise GraftError(
+            f"{path} cannot be read: it is damaged, or holds more than tensors, which Graft never loads. "
+            "Save the model's state_dict as .safetensors."
+        ) from error
     for key in ("state_dict", "model", "model_state"):
-        state = state.get(key, state)
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise GraftError(f"{path} holds no state dict of names and tensors. Save model.state_dict() of a timm model.")
     return state
 
 
@@ -231,6 +303,19 @@ def _truncate(model: nn.Module, name: str, depth: int) -> None:
     model.blocks = blocks[:depth]
 
 
+def last_norm(model: nn.Module) -> str:
+    """Return the name of a norm behind `forward_features`, which `tokens` applies; empty without one."""
+    return next((name for name in LAST_NORMS if not isinstance(_part(model, name), nn.Identity)), "")
+
+
+def _part(model: nn.Module, name: str) -> nn.Module:
+    """Return a submodule, also through PEFT's wrapper; the identity where there is none."""
+    found: Any = model
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, nn.Module) else nn.Identity()
+
+
 def tokens(model: nn.Module, images: Tensor) -> Tensor:
     """Run a timm backbone and return its features as tokens.
 
@@ -242,6 +327,8 @@ def tokens(model: nn.Module, images: Tensor) -> Tensor:
         (B, N, C): prefix tokens first where there are any; the positions of a feature map in row order.
     """
     out = model.forward_features(images)  # type: ignore[operator]
+    if norm := last_norm(model):
+        out = _part(model, norm)(out)
     if out.ndim == 3:
         return out
     channels_last = out.shape[-1] == model.num_features and out.shape[1] != model.num_features

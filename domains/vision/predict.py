@@ -38,6 +38,8 @@ def predict(task: ImageClassification, files: Sequence[Path], out: Path, *, skip
     Raises:
         GraftError: No image, one that cannot be read, or a CSV that cannot be written; nothing half-written is left.
     """
+    if out.is_dir():
+        raise GraftError(f"{out} is a folder; give the name of the CSV to write with --out.")
     paths = list(_images(files))
     if not paths:
         raise GraftError(f"No image in {', '.join(map(str, files))}. Give files or folders with {', '.join(SUFFIXES)}.")
@@ -64,7 +66,7 @@ def predict(task: ImageClassification, files: Sequence[Path], out: Path, *, skip
 def _images(files: Sequence[Path]) -> Iterator[Path]:
     for path in files:
         if path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         elif path.exists():
             yield path
         else:

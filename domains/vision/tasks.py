@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
+from common.loading import mix_seed
 from common.methods import MethodSpec
 from common.task import AdaptedTask, OptimSpec
-from domains.vision.backbones import VisionBackbone, build, tokens
+from domains.vision.backbones import VisionBackbone, build, last_norm, takes_size, tokens
 from domains.vision.data import ImageBatch, ImageFacts
 from domains.vision.heads import HeadKind, PooledHead, Pooling
-from domains.vision.starters import STARTERS
 
 
 class ImageClassification(AdaptedTask):
@@ -71,9 +71,11 @@ class ImageClassification(AdaptedTask):
         self._built: VisionBackbone
 
     def build_backbone(self) -> VisionBackbone:
-        """Build the named backbone at the data's image size."""
+        """Build the named backbone at the data's image size; a random one is drawn from the task's seed."""
         wanted = {key: self.settings[key] for key in ("pretrained", "weights", "depth")}
-        self._built = build(self.settings["backbone"], self.facts.image_size, **wanted)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(self.seed, 0))
+            self._built = build(self.settings["backbone"], self.facts.image_size, **wanted)
         self.register_buffer("mean", torch.tensor(self._built.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self._built.std).view(3, 1, 1), persistent=False)
         return self._built
@@ -170,22 +172,27 @@ class ImageClassification(AdaptedTask):
     def usage(self) -> str:
         """Return lines that load the export with timm, peft and safetensors."""
         name, size = self.settings["backbone"], self.facts.image_size
-        base = f"import timm\nbase = timm.create_model({name!r}, pretrained=True, num_classes=0)"
-        if name in STARTERS:
+        options = f"pretrained={self.settings['pretrained']}, num_classes=0"
+        options += f", img_size={size}" if takes_size(name) else ""
+        base = f"import timm\nbase = timm.create_model({name!r}, {options})"
+        if not self._built.plain:
+            given = {key: self.settings[key] for key in ("weights", "depth") if self.settings[key] is not None}
+            options = "".join(f", {key}={value!r}" for key, value in given.items())
             base = (
-                "from domains.vision.backbones import build  # Graft converts this starter's weights for timm\n"
-                f"base = build({name!r}, {size}).model"
+                "from domains.vision.backbones import build  # Graft prepares this backbone for adapters\n"
+                f"base = build({name!r}, {size}{options}).model"
             )
         tuned = "model = PeftModel.from_pretrained(base, FOLDER).eval()"
         if self.attached.plan.mode == "full":
             tuned = 'base.load_state_dict(load_file(f"{FOLDER}/model.safetensors"))\nmodel = base.eval()'
         elif self.attached.plan.mode == "frozen":
             tuned = "model = base.eval()"
+        last = f"model.{last_norm(self.backbone)}(" if last_norm(self.backbone) else ""
         own = "import common.tuners  # registers BitFit with peft\n" if type(self.peft).__name__ == "BitFit" else ""
         return (
             f"from peft import PeftModel\nfrom safetensors.torch import load_file\n{own}{base}\n{tuned}\n"
             'head = load_file(f"{FOLDER}/head.safetensors")\n'
             f"# images: RGB in [0, 1], {size} x {size}, then normalised:\n"
             f"# mean {self._built.mean}, std {self._built.std}\n"
-            "tokens = model.forward_features(images)\n"
+            f"tokens = {last}model.forward_features(images){')' if last else ''}\n"
         )
