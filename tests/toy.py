@@ -12,7 +12,9 @@ from torch.utils.data import Dataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from common.domain import Domain
 from common.loading import eval_loader, item_rng, train_loader
+from common.methods import METHODS
 from common.roles import NORMS, Family, Pattern
 from common.task import AdaptedTask, Backbone, OptimSpec
 
@@ -28,6 +30,14 @@ FAMILY = Family(
         "norm": (Pattern(r".*norm\d?", NORMS),),
     },
 )
+
+
+SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4}}
+
+
+def spec_of(method, **settings):
+    """A method of the registry at toy size; a method that is new runs with its defaults."""
+    return METHODS[method](**(SMALL.get(method, {}) | settings))
 
 
 class Block(nn.Module):
@@ -159,3 +169,6 @@ class ToyTask(AdaptedTask):
 
     def usage(self):
         return "import torch"
+
+
+DOMAINS = {"toy": Domain(name="toy", summary="tests", tasks={"ToyTask": "tests.toy"}, data={"ToyData": "tests.toy"})}

@@ -1,0 +1,79 @@
+"""Selective methods take what they say, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from common.attach import attach
+from common.errors import GraftError
+from common.methods import BitFit, FullFineTune, LastBlocks, LinearProbe, NormTuning
+from tests.toy import FAMILY, toy_backbone
+
+
+def adapted(spec, model=None, family=FAMILY):
+    return attach(model or toy_backbone(), spec, family)
+
+
+def test_bitfit_takes_every_bias():
+    bare = toy_backbone()
+    owners = {name.rpartition(".")[0] for name, _ in bare.named_parameters() if name.endswith(".bias")}
+    assert set(adapted(BitFit()).plan.targets) == owners
+
+
+def test_bitfit_without_norms_leaves_the_norms_biases():
+    bare = toy_backbone()
+    expected = {name for name, module in bare.named_modules() if isinstance(module, nn.Linear)}
+    assert set(adapted(BitFit(norms=False)).plan.targets) == expected
+
+
+def test_bitfit_passes_over_layers_without_a_bias():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3), nn.LSTM(3, 3))
+    assert set(adapted(BitFit(), net, None).plan.targets) == {"1"}
+    with pytest.raises(GraftError, match="BitFit finds no bias in Linear"):
+        adapted(BitFit(), nn.Linear(3, 3, bias=False), None)
+
+
+def test_norm_tuning_takes_every_norm_with_parameters():
+    net = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3, elementwise_affine=False), nn.Linear(3, 3), nn.RMSNorm(3))
+    assert set(adapted(NormTuning(), net, None).plan.targets) == {"0", "3"}
+    with pytest.raises(GraftError, match="NormTuning finds no norm"):
+        adapted(NormTuning(), nn.Sequential(nn.LayerNorm(3, elementwise_affine=False)), None)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_last_blocks_count_from_the_output(k):
+    result = adapted(LastBlocks(k=k), toy_backbone(depth=3))
+    assert list(result.plan.targets) == [f"blocks.{i}" for i in range(3)][-k:]
+
+
+@pytest.mark.parametrize("k", [0, -1, 3])
+def test_a_number_of_blocks_that_is_not_there_is_refused(k):
+    with pytest.raises(GraftError, match=f"k={k}: this backbone has 2 blocks; give 1 to 2"):
+        adapted(LastBlocks(k=k))
+
+
+def test_last_blocks_equal_plain_training_of_those_blocks():
+    """Two steps of SGD on the copies give the weights that plain partial training gives."""
+    x, target = torch.randn(4, 3, 4), torch.randn(4, 3, 8)
+    plain = toy_backbone().requires_grad_(False).eval()
+    plain.blocks[-1].requires_grad_(True)
+    result = adapted(LastBlocks(k=1))
+    result.train(False)
+    for model in (plain, result.model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (model(x) - target).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(result.model(x), plain(x))
+
+
+def test_the_two_ends_of_the_scale():
+    full, probe = adapted(FullFineTune()), adapted(LinearProbe())
+    assert all(p.requires_grad for p in full.model.parameters())
+    assert not any(p.requires_grad for p in probe.model.parameters())
+    assert (full.plan.mode, probe.plan.mode) == ("full", "frozen")
+    with probe.grad_mode():
+        assert not probe.model(torch.randn(1, 3, 4)).requires_grad

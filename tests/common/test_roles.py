@@ -1,0 +1,162 @@
+"""Roles are found by name and type together, and never by a part of a name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from common.errors import GraftError
+from common.roles import GROUPS, NORMS, ROLES, Family, Pattern, has_affine, resolve
+from tests.toy import FAMILY, toy_backbone
+
+LINEAR = (nn.Linear,)
+
+
+def family(**roles):
+    return Family(name="fam", block=r"blocks\.\d+", roles={k: tuple(v) for k, v in roles.items()})
+
+
+class Net(nn.Module):
+    """Modules given by their dotted names."""
+
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+def test_every_module_of_the_toy_has_its_role():
+    roles = resolve(toy_backbone(depth=3), FAMILY)
+    expected = {"embed": "stem", "norm": "norm", "input_norm": None}
+    for block in range(3):
+        expected |= {f"blocks.{block}.{name}": role for name, role in _BLOCK.items()}
+    expected["input_norm"] = "norm"
+    assert dict(roles.role_of) == expected
+    assert list(roles.role_of) == [name for name, _ in toy_backbone(depth=3).named_modules() if name in expected]
+    assert roles.count() == {
+        "stem": 1,
+        "attention_qkv": 3,
+        "attention_out": 3,
+        "ffn_in": 3,
+        "ffn_out": 3,
+        "norm": 8,
+    }
+
+
+_BLOCK = {
+    "norm1": "norm",
+    "norm2": "norm",
+    "qkv": "attention_qkv",
+    "out": "attention_out",
+    "fc1": "ffn_in",
+    "fc2": "ffn_out",
+}
+
+
+def test_blocks_stand_in_forward_order_beyond_ten():
+    assert resolve(toy_backbone(depth=12), FAMILY).blocks == tuple(f"blocks.{i}" for i in range(12))
+
+
+@pytest.mark.parametrize("impostor", [nn.Identity(), nn.Sequential(nn.Linear(2, 2)), nn.Conv1d(2, 2, 1)])
+def test_a_matching_name_with_another_type_is_not_taken(impostor):
+    net = Net(proj=impostor, other=nn.Linear(2, 2))
+    roles = resolve(net, family(attention_out=[Pattern("proj", LINEAR)], ffn_in=[Pattern("other", LINEAR)]))
+    assert dict(roles.role_of) == {"other": "ffn_in"}
+
+
+def test_a_matching_type_under_another_name_is_not_taken():
+    net = Net(proj=nn.Linear(2, 2), patch_proj=nn.Linear(2, 2), proj2=nn.Linear(2, 2), deep=Net(proj=nn.Linear(2, 2)))
+    assert list(resolve(net, family(attention_out=[Pattern("proj", LINEAR)])).role_of) == ["proj"]
+
+
+def test_a_subclass_of_an_allowed_type_is_taken():
+    net = Net(proj=nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2))
+    assert list(resolve(net, family(attention_out=[Pattern("proj", LINEAR)])).role_of) == ["proj"]
+
+
+def test_a_pattern_may_have_a_further_condition():
+    net = Net(a=nn.Linear(2, 2), b=nn.Linear(2, 4))
+    wide = Pattern("[ab]", LINEAR, where=lambda module: module.out_features > 2)
+    assert list(resolve(net, family(ffn_in=[wide])).role_of) == ["b"]
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_without_parameters_are_left_out(kind):
+    def build(affine):
+        first = (1, 4) if kind is nn.GroupNorm else (4,)
+        option = "elementwise_affine" if kind in (nn.LayerNorm, nn.RMSNorm) else "affine"
+        return kind(*first, **{option: affine})
+
+    assert has_affine(build(True))
+    assert not has_affine(build(False))
+    net = Net(norm1=build(True), norm2=build(False))
+    assert list(resolve(net, family(norm=[Pattern(r"norm\d", NORMS)])).role_of) == ["norm1"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_is_the_union_of_its_roles(group):
+    roles = resolve(toy_backbone(), FAMILY)
+    expected = {name: role for name, role in roles.role_of.items() if role in GROUPS[group]}
+    assert roles.select([group]) == expected
+    assert roles.select([r for r in GROUPS[group] if r in roles.count()]) == expected
+
+
+def test_all_never_takes_head_norm_stem_or_embedding():
+    assert not {"head", "norm", "stem", "embed"} & set(GROUPS["all"])
+    assert set(resolve(toy_backbone(), FAMILY).select(["all"]).values()) <= set(GROUPS["all"])
+
+
+def test_roles_may_overlap_and_come_in_the_models_order():
+    roles = resolve(toy_backbone(), FAMILY)
+    assert roles.select(["ffn", "attention", "ffn_in"]) == roles.select(["attention", "ffn"]) == roles.select(["all"])
+
+
+@pytest.mark.parametrize(
+    ("given", "near"), [("atention", "attention"), ("ffn-out", "ffn_out"), ("Norm", "norm"), ("al", "all")]
+)
+def test_an_unknown_role_names_the_nearest(given, near):
+    with pytest.raises(GraftError, match=f"'{given}'.*'{near}'.*Allowed") as caught:
+        resolve(toy_backbone(), FAMILY).select([given])
+    assert all(role in str(caught.value) for role in (*ROLES, *GROUPS))
+
+
+@pytest.mark.parametrize("role", ["conv", "head", "embed"])
+def test_a_role_that_matches_nothing_is_refused_with_what_there_is(role):
+    roles = resolve(toy_backbone(), FAMILY)
+    with pytest.raises(GraftError, match=f"'{role}' matches no module of this toy") as caught:
+        roles.select(["attention", role])
+    for name, number in roles.count().items():
+        assert f"{name} ({number})" in str(caught.value)
+
+
+def test_an_empty_choice_is_refused():
+    with pytest.raises(GraftError, match=r"'on' is empty.*attention"):
+        resolve(toy_backbone(), FAMILY).select([])
+
+
+def test_two_roles_for_one_module_are_refused():
+    with pytest.raises(GraftError, match=r"'proj' carries two roles \(ffn_in, conv\)"):
+        resolve(Net(proj=nn.Linear(2, 2)), family(ffn_in=[Pattern("proj", LINEAR)], conv=[Pattern("p.*", LINEAR)]))
+
+
+def test_two_patterns_of_one_role_may_meet():
+    roles = resolve(Net(proj=nn.Linear(2, 2)), family(conv=[Pattern("proj", LINEAR), Pattern("p.*", LINEAR)]))
+    assert dict(roles.role_of) == {"proj": "conv"}
+
+
+def test_a_family_that_does_not_fit_is_refused():
+    with pytest.raises(GraftError, match=r"'toy' matches no module of Net.*target_modules"):
+        resolve(Net(x=nn.Conv2d(1, 1, 1)), FAMILY)
+
+
+def test_a_family_with_an_unknown_role_is_refused():
+    with pytest.raises(GraftError, match=r"'convolution'.*'conv'"):
+        family(convolution=[Pattern("x", LINEAR)])
+
+
+def test_the_model_is_not_changed():
+    model = toy_backbone()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    resolve(model, FAMILY)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -1,0 +1,118 @@
+"""Every command and every Python example of the READMEs is run, made small by further options."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from common.artifacts import fetch
+from common.cli import run
+from domains import DOMAINS
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [
+    path
+    for path in sorted(ROOT.rglob("*.md"))
+    if not {".venv", "runs", "node_modules"} & set(path.relative_to(ROOT).parts) and not path.name.startswith(".")
+]
+SMALL = ["--data.limit_per_class", "3", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+
+
+def blocks(path, *languages):
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), flags=re.M | re.S)
+    return [text for language, text in fences if language in languages]
+
+
+def commands():
+    found = []
+    for path in READMES:
+        for text in blocks(path, "bash", "console", ""):
+            for line in text.replace("\\\n", " ").splitlines():
+                line = line.removeprefix("$ ")
+                if line.startswith(("graft ", "make ")) and (path, line) not in found:
+                    found.append((path, line))
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder that looks like the repository's root, with a small folder of photos."""
+    root = tmp_path_factory.mktemp("readme")
+    (root / "configs").symlink_to(ROOT / "configs")
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        (root / "photos" / name).mkdir(parents=True)
+        for shade in range(12):
+            image = Image.new("RGB", (64, 64), tuple(channel + 3 * shade for channel in colour))
+            image.save(root / "photos" / name / f"{shade}.png")
+    (root / "openclipart.deb").symlink_to(fetch("openclipart"))
+    return root
+
+
+def shrink(arguments, place):
+    """Make a README's command cheap without changing what it does."""
+    if arguments[0] == "fit":
+        return [*arguments, *SMALL]
+    if arguments[0] == "compare":
+        study = place / "small.yaml"
+        text = (ROOT / arguments[1]).read_text()
+        text = re.sub(r"\blr: \[([^,\]]+)[^\]]*\]", r"lr: [\1]", text)
+        text = re.sub(r"^seeds:.*", "seeds: [0]", text, flags=re.M)
+        small = "overrides: {data.limit_per_class: 3, trainer.max_epochs: 1, trainer.limit_train_batches: 1}\n"
+        study.write_text(re.sub(r"^overrides:\n(  .*\n)+", "", text, flags=re.M) + small)
+        return ["compare", str(study), *arguments[2:]]
+    return arguments
+
+
+@pytest.mark.artifacts
+def test_every_graft_command_of_the_readmes_runs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    lines = [line for _, line in commands() if line.startswith("graft ")]
+    assert any(line.startswith("graft fit") for line in lines)
+    for line in lines:
+        arguments = shlex.split(line, comments=True)[1:]
+        assert run(shrink(arguments, place), DOMAINS) == 0, line
+
+
+@pytest.mark.artifacts
+def test_the_python_examples_run(place, monkeypatch):
+    examples = blocks(ROOT / "README.md", "python")
+    assert examples
+    monkeypatch.chdir(place)
+    for text in examples:
+        small = text.replace("image_size=98)", "image_size=98, limit_per_class=3)")
+        small = small.replace("max_epochs=5", "max_epochs=1, limit_train_batches=1")
+        assert small != text
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, "-c", small], check=True, cwd=place, env=environment)
+
+
+@pytest.mark.artifacts
+def test_the_demo_runs_small(place, monkeypatch):
+    monkeypatch.chdir(place)
+    shutil.rmtree(place / "demo", ignore_errors=True)
+    arguments = shrink(["compare", "configs/demo.yaml", "--out", "demo"], place)
+    assert run(arguments, DOMAINS) == 0
+    report = (place / "demo" / "report.html").read_text()
+    for method in ("LinearProbe", "BitFit", "LoRA", "FullFineTune"):
+        assert method in report
+
+
+def test_make_commands_of_the_readmes_are_targets():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = {line.split()[1] for _, line in commands() if line.startswith("make ")}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_links_between_the_readmes_lead_somewhere():
+    for path in READMES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path}: {target}"
