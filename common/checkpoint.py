@@ -152,6 +152,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def read_finished(folder: Path, steps: int) -> dict[str, Any]:
+    """Read a run's checkpoint, which must be the one that its record describes.
+
+    Args:
+        folder: The run's folder.
+        steps: The steps that the record says were taken.
+
+    Raises:
+        GraftError: See `read_checkpoint`; or the run was trained on after its record was written.
+    """
+    state = read_checkpoint(folder / LAST)
+    if state.get("global_step") != steps:
+        raise GraftError(
+            f"{folder} was trained to step {state.get('global_step')} after its results of step {steps} were written. "
+            f"Finish it with `graft fit --run {folder} --resume`."
+        )
+    return state
+
+
 def _damaged(path: Path) -> GraftError:
     return GraftError(f"{path} is damaged or not a checkpoint of Graft. Start the run again.")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from common import __version__
 from common import card as model_card
 from common.attach import Attached, attach, state_digest, tuner_layers
-from common.checkpoint import LAST, read_checkpoint
+from common.checkpoint import read_finished
 from common.domain import Domain
 from common.errors import GraftError, unknown
 from common.methods import METHODS, MethodSpec, Plan
@@ -90,7 +90,7 @@ def rebuild(record: Mapping[str, Any], domains: Mapping[str, Domain]) -> Adapted
     """
     try:
         return _rebuild(record, domains)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise GraftError(
             f"The record does not describe a task of Graft {__version__} ({error}). It was written by another version "
             "or changed by hand; export the adapter again."
@@ -118,7 +118,7 @@ def restore(run: Path, record: Mapping[str, Any], domains: Mapping[str, Domain])
     task.assemble()
     if task.attached.base_digest != record["base_digest"]:
         raise GraftError(_wrong_base(task.backbone_name, record["base_digest"], task.attached.base_digest))
-    task.load_trained(read_checkpoint(run / LAST)["state_dict"])
+    task.load_trained(read_finished(run, record["cost"]["steps"])["state_dict"])
     task.eval()
     return task
 

@@ -99,7 +99,7 @@ class StatefulLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Dataset[Any], sampler: EpochBatchSampler, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(dataset, batch_sampler=sampler, **kwargs)
-        self._epochs = sampler
+        self.epochs = sampler
         self._options = kwargs
         self._taken = 0
         self._resume: dict[str, int] | None = None
@@ -109,19 +109,19 @@ class StatefulLoader(DataLoader[Any]):
         # run before the first batch is asked for.
         dataset = self.dataset
         if isinstance(dataset, EpochSeeded):
-            dataset.set_epoch(self._epochs.epoch)
+            dataset.set_epoch(self.epochs.epoch)
         # A position belongs to its epoch: one stored at an epoch's end says nothing about the next.
         resume, self._resume = self._resume, None
-        skip = resume["taken"] if resume and resume["epoch"] == self._epochs.epoch else 0
+        skip = resume["taken"] if resume and resume["epoch"] == self.epochs.epoch else 0
         self._taken = skip
-        remaining = _Skipping(self._epochs, skip)
+        remaining = _Skipping(self.epochs, skip)
         for batch in DataLoader(dataset, batch_sampler=remaining, **self._options):
             self._taken += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch, the batches taken in it, and what the order depends on."""
-        return {"epoch": self._epochs.epoch, "taken": self._taken, **self._identity()}
+        return {"epoch": self.epochs.epoch, "taken": self._taken, **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue behind the batches that `state` says were taken.
@@ -131,7 +131,7 @@ class StatefulLoader(DataLoader[Any]):
                 would be another one.
         """
         self.check(state)
-        self._epochs.set_epoch(state["epoch"])
+        self.epochs.set_epoch(state["epoch"])
         self._resume = {"epoch": state["epoch"], "taken": state["taken"]}
 
     def check(self, state: Mapping[str, int]) -> None:
@@ -142,7 +142,7 @@ class StatefulLoader(DataLoader[Any]):
             raise GraftError(f"This checkpoint cannot resume: {'; '.join(wrong)}. Use the run's own configuration.")
 
     def _identity(self) -> dict[str, int]:
-        sampler = self._epochs
+        sampler = self.epochs
         return {
             "size": sampler.size,
             "batch_size": sampler.batch_size,

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor
 
 from common import __version__
-from common.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint, read_checkpoint, write_atomically
+from common.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint, read_checkpoint, read_finished, write_atomically
 from common.cost import CostMeter
 from common.errors import GraftError
 from common.exchange import adapter_bytes
@@ -134,7 +134,7 @@ def test(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **trai
     """
     folder = Path(run)
     record = read_record(folder)
-    read_checkpoint(folder / LAST)
+    read_finished(folder, record["cost"]["steps"])
     collect = _Outputs()
     trainer = build_trainer(folder, collect, **trainer_options)
     trainer.test(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
@@ -155,7 +155,7 @@ def validate(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **
     """
     folder = Path(run)
     record = read_record(folder)
-    read_checkpoint(folder / LAST)
+    read_finished(folder, record["cost"]["steps"])
     trainer = build_trainer(folder, **trainer_options)
     trainer.validate(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
     values = trainer.callback_metrics

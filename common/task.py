@@ -229,6 +229,12 @@ class AdaptedTask(L.LightningModule):
         """Set the modes: since Lightning 2.2 a module trains in whatever mode it arrives."""
         self.train()
 
+    def on_train_epoch_start(self) -> None:
+        """Announce the epoch again: resumed at an epoch's end with `max_steps`, Lightning announces one too many."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, StatefulLoader):
+            loader.epochs.set_epoch(self.trainer.current_epoch)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
         """Seed the step, so that a resumed run draws what the uninterrupted one would have drawn."""
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx

@@ -93,7 +93,10 @@ def _show(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
         return 0
     rows = catalog()
     if args.name in rows:
-        for field, value in dataclasses.asdict(rows[args.name]).items():
-            console.print(f"{field}: {value}", markup=False)
+        row = rows[args.name]
+        for field in dataclasses.fields(row):
+            value = getattr(row, field.name)
+            shown = ", ".join(map(str, value)) if isinstance(value, (tuple, Mapping)) else value
+            console.print(f"{field.name}: {shown}", markup=False)
         return 0
     raise unknown("name", args.name, [*METHODS, *rows])

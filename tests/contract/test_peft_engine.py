@@ -1,0 +1,268 @@
+"""What Graft takes for granted of PEFT and of torch, and the defects that it goes around.
+
+A test of the second kind fails when the library is mended: then the detour it names can go.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    mapping,
+    register_peft_method,
+)
+from peft.utils import PeftType
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.methods._base import exact
+from common.tuners import BITFIT, BitFitConfig, BitFitModel
+from common.tuners.bitfit import BitFitLayer
+from tests.toy import toy_backbone
+
+
+def adapted(model):
+    """Names of the modules that PEFT has replaced."""
+    return {name.removeprefix("base_model.model.") for name, m in model.named_modules() if hasattr(m, "base_layer")}
+
+
+def inputs():
+    return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def run(model):
+    with torch.no_grad():
+        return model.eval()(inputs())
+
+
+# ---- assumptions: a type of tuner that is a plain string -------------------------------------------------------------
+
+
+def bitfit(names=("embed", "blocks.0.fc1")):
+    return BitFitConfig(target_modules=exact(list(names)))
+
+
+def shifted(model, adapter="default", by=1.0):
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, BitFitLayer):
+                module.bitfit_bias[adapter] += by
+    return model
+
+
+def test_a_string_type_is_registered_in_the_three_mappings():
+    assert BITFIT not in PeftType.__members__
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[BITFIT] is BitFitConfig
+    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[BITFIT] is BitFitModel
+    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[BITFIT] == BitFitModel.prefix
+
+
+def test_a_string_type_wraps_saves_and_loads(tmp_path):
+    model = shifted(get_peft_model(toy_backbone(), bitfit()))
+    assert adapted(model) == {"embed", "blocks.0.fc1"}
+    assert len(get_peft_model_state_dict(model)) == 2
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(toy_backbone(), str(tmp_path))
+    assert loaded.peft_config["default"].peft_type == BITFIT
+    assert torch.equal(run(loaded), run(model))
+    assert not torch.equal(run(loaded), run(toy_backbone()))
+
+
+def test_a_string_type_can_be_disabled_and_merged():
+    model = shifted(get_peft_model(toy_backbone(), bitfit()))
+    expected, bare = run(model), run(toy_backbone().requires_grad_(False))
+    with model.disable_adapter():
+        assert torch.equal(run(model), bare)
+    plain = model.merge_and_unload()
+    assert not adapted(plain)
+    torch.testing.assert_close(run(plain), expected)
+
+
+def test_a_string_type_takes_several_adapters(tmp_path):
+    model = shifted(get_peft_model(toy_backbone(), bitfit()))
+    first = run(model)
+    model.add_adapter("second", bitfit())
+    shifted(model, "second", 2.0)
+    model.set_adapter("second")
+    second = run(model)
+    assert not torch.equal(first, second)
+    model.set_adapter("default")
+    assert torch.equal(run(model), first)
+    model.save_pretrained(tmp_path, selected_adapters=["second"], save_embedding_layers=False)
+    model.delete_adapter("second")
+    assert list(model.peft_config) == ["default"]
+    model.load_adapter(str(tmp_path / "second"), "third")
+    model.set_adapter("third")
+    assert torch.equal(run(model), second)
+
+
+def test_a_string_type_is_injected_in_place():
+    model = inject_adapter_in_model(bitfit(), toy_backbone())
+    assert adapted(model) == {"embed", "blocks.0.fc1"}
+    assert type(model) is type(toy_backbone())
+
+
+def test_public_registration_still_refuses_new_names():
+    """When it takes them, `common/tuners/__init__.py` can use it."""
+    with pytest.raises(KeyError):
+        register_peft_method(name="graft_test", config_cls=BitFitConfig, model_cls=BitFitModel, prefix="bitfit_")
+
+
+# ---- assumptions: targets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, LNTuningConfig, BitFitConfig])
+def test_a_pattern_matches_in_full(config):
+    names = ["blocks.0.fc1", "norm"]
+    if config is IA3Config:
+        names = ["blocks.0.fc1", "embed"]
+        made = config(target_modules=exact(names), feedforward_modules=exact(["embed"]))
+    elif config is LoraConfig:
+        names = ["blocks.0.fc1", "embed"]
+        made = config(target_modules=exact(names))
+    else:
+        made = config(target_modules=exact(names))
+    assert adapted(get_peft_model(toy_backbone(), made)) == set(names)
+
+
+def test_dots_in_names_are_no_wildcards():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.ModuleDict({"b": nn.Linear(2, 2)})
+            self.axb = nn.Linear(2, 2)
+
+    assert adapted(get_peft_model(Net(), LoraConfig(target_modules=exact(["a.b"])))) == {"a.b"}
+
+
+def test_layer_copy_tuning_takes_any_module_and_trains_a_copy():
+    model = get_peft_model(toy_backbone(), LNTuningConfig(target_modules=exact(["blocks.1", "embed"])))
+    assert adapted(model) == {"blocks.1", "embed"}
+    copied = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bare = toy_backbone()
+    assert copied == sum(p.numel() for module in (bare.blocks[1], bare.embed) for p in module.parameters())
+    with torch.no_grad():
+        model.base_model.model.blocks[1].ln_tuning_layers["default"].fc2.bias += 1.0
+    assert not torch.equal(run(model), run(bare))
+    with model.disable_adapter():
+        torch.testing.assert_close(run(model), run(bare))
+
+
+# ---- defects that Graft goes around --------------------------------------------------------------------------------
+
+
+def test_defect_a_list_of_names_matches_by_suffix():
+    """Detour: `common.methods._base.exact`."""
+    taken = adapted(get_peft_model(toy_backbone(), LNTuningConfig(target_modules=["norm", "norm1"])))
+    assert "blocks.0.norm1" in taken
+    assert taken != {"norm"}
+    nested = nn.ModuleDict({"proj": nn.Linear(2, 2), "stem": nn.ModuleDict({"proj": nn.Linear(2, 2)})})
+    assert adapted(get_peft_model(nested, LoraConfig(target_modules=["proj"]))) == {"proj", "stem.proj"}
+
+
+def test_defect_merge_and_unload_needs_a_weight():
+    """Detour: `common.exchange.merged_backbone`."""
+    model = get_peft_model(toy_backbone(), LNTuningConfig(target_modules=exact(["blocks.1"])))
+    with pytest.raises(AttributeError, match="weight"):
+        model.merge_and_unload()
+
+
+def test_defect_lora_drops_the_dilation_of_a_convolution():
+    """Detour: `common.methods.reparameterised._refuse_convolution_the_engine_gets_wrong`."""
+    net = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2, padding=2))
+    model = get_peft_model(net, LoraConfig(target_modules=exact(["0"]), r=2))
+    down = model.base_model.model[0].lora_A["default"]
+    assert down.dilation == (1,)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(torch.randn(1, 4, 9))
+
+
+def test_defect_lora_drops_the_padding_mode_of_a_convolution():
+    """Detour: the same."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
+    model = get_peft_model(net, LoraConfig(target_modules=exact(["0"]), r=2, init_lora_weights=False)).eval()
+    x = torch.randn(1, 4, 5, 5)
+    unmerged = model(x)
+    assert model.base_model.model[0].lora_A["default"].padding_mode == "zeros"
+    model.merge_adapter()
+    assert not torch.allclose(model(x), unmerged, atol=1e-3)  # merged, the change is padded as the layer is
+
+
+def test_defect_missing_keys_only_warn(tmp_path):
+    """Detour: `common.exchange._compare_keys`."""
+    from safetensors.torch import load_file, save_file
+
+    model = get_peft_model(toy_backbone(), LoraConfig(target_modules=exact(["embed"]), r=2))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    state.pop(sorted(state)[0])
+    save_file(state, path)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(toy_backbone(), str(tmp_path))
+
+
+def test_defect_a_configuration_may_name_a_module_to_import(monkeypatch):
+    """Detour: `common.exchange._check_config`."""
+    import importlib
+
+    asked = []
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, *rest: asked.append(name) or real(name, *rest))
+    config = LoraConfig(target_modules=exact(["embed"]), megatron_config={"x": 1}, megatron_core="named.by.a.file")
+    with pytest.raises(ModuleNotFoundError):
+        get_peft_model(toy_backbone(), config)
+    assert "named.by.a.file" in asked
+
+
+def test_defect_dora_with_a_start_from_the_spectrum_cannot_be_converted(tmp_path):
+    """Detour: `common.methods.reparameterised.LoRA.plan` refuses the pair."""
+    config = LoraConfig(target_modules=exact(["embed"]), r=2, use_dora=True, init_lora_weights="pissa")
+    model = get_peft_model(toy_backbone(), config)
+    model.save_pretrained(tmp_path / "start", save_embedding_layers=False)
+    model.save_pretrained(
+        tmp_path / "out", save_embedding_layers=False, path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    from safetensors.torch import load_file
+
+    assert not any("magnitude" in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+
+
+def test_defect_the_flop_counter_has_no_attention_kernel_of_the_cpu():
+    """Detour: `common.cost._FORMULAS`."""
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert counter.get_total_flops() == 0
+
+
+def test_defect_the_flop_counter_overcounts_the_weight_gradient_of_grouped_convolutions():
+    """Detour: `common.cost._convolution_backward`."""
+
+    def flops(groups):
+        conv = nn.Conv2d(4, 4, 3, groups=groups)
+        with FlopCounterMode(display=False) as counter:
+            conv(torch.randn(1, 4, 8, 8)).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(4) > flops(1) / 4
+
+
+def test_defect_a_hook_turns_torchs_fused_encoder_off():
+    """Detour: `common.attach._calls` notes calls without hooks."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().requires_grad_(False)
+    called = []
+    layer.linear1.forward = lambda x: called.append("plain") or nn.functional.linear(x, layer.linear1.weight)
+    with torch.no_grad():
+        layer(torch.randn(1, 3, 8))
+        assert not called
+        layer.linear1.register_forward_hook(lambda *args: None)
+        layer(torch.randn(1, 3, 8))
+    assert called == ["plain"]
