@@ -40,6 +40,18 @@ def state_keys(module: nn.Module) -> set[str]:
     return keys
 
 
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:
+    """Word how two nested mappings of plain values differ, one entry a value."""
+    found: list[str] = []
+    for key in dict.fromkeys((*mine, *theirs)):
+        own, other = mine.get(key), theirs.get(key)
+        if isinstance(own, dict) and isinstance(other, dict):
+            found += differences(own, other, f"{path}{key}.")
+        elif own != other:
+            found.append(f"{path}{key} is {own!r} here and {other!r} in the checkpoint")
+    return found
+
+
 def check_state(state: Mapping[str, Tensor], module: nn.Module, keys: set[str]) -> None:
     """Refuse a checkpoint whose tensors are not exactly the expected ones.
 
@@ -101,9 +113,11 @@ def _explain_write_error(path: Path, error: Exception) -> Exception:
     if code in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error):
         return GraftError(f"The disk is full: {path} could not be written (the old file, if any, is kept). Free space.")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return GraftError(f"No permission to write {path}. Choose another folder with --run.")
+        return GraftError(f"No permission to write {path}. Choose another folder.")
     if code in (errno.ENOTDIR, errno.EEXIST):
-        return GraftError(f"{path.parent} is a file, not a folder. Choose another folder with --run.")
+        return GraftError(f"{path.parent} is a file, not a folder. Choose another folder.")
+    if isinstance(error, OSError):
+        return GraftError(f"{path} could not be written: {error.strerror or error}. Choose another place.")
     return error
 
 

@@ -266,7 +266,7 @@ def _attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str)
 
 
 def _check_config(folder: Path, spec: MethodSpec, plan: Plan) -> None:
-    """Refuse a PEFT configuration that says more than the method does: PEFT imports modules that one may name."""
+    """Refuse a PEFT configuration that is not the method's: PEFT would load another scale or target without a word."""
     try:
         given = json.loads((folder / ADAPTER_CONFIG).read_text())
     except (OSError, ValueError) as error:

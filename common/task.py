@@ -11,13 +11,14 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import MetricCollection
 
 from common import checkpoint as ckpt
 from common.attach import Attached, attach, probe
 from common.errors import GraftError
 from common.loading import StatefulLoader, mix_seed
-from common.methods import MethodSpec
+from common.methods import FullFineTune, MethodSpec
 from common.roles import Family
 
 
@@ -185,6 +186,7 @@ class AdaptedTask(L.LightningModule):
         self.backbone_name = built.name
         if self.gradient_checkpointing:
             self._switch_checkpointing(built.model)
+            self._refuse_double_statistics(built.model)
         if attach_with is None:
             self.attached = attach(built.model, self.peft, built.family, seed=mix_seed(self.seed, 1), name=built.name)
         else:
@@ -205,6 +207,15 @@ class AdaptedTask(L.LightningModule):
                 f"{type(model).__name__} has no gradient checkpointing; set gradient_checkpointing to false."
             )
         switch()
+
+    def _refuse_double_statistics(self, model: nn.Module) -> None:
+        """Refuse to recompute batch norms that train: each step would update their running statistics twice."""
+        counted = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
+        if counted and isinstance(self.peft, FullFineTune):
+            raise GraftError(
+                "gradient_checkpointing with FullFineTune would update this backbone's batch norm statistics twice a "
+                "step. Set gradient_checkpointing to false, or choose a method that freezes them."
+            )
 
     def train(self, mode: bool = True) -> AdaptedTask:
         """Set train or eval mode, the backbone by its method's policy."""
@@ -359,7 +370,7 @@ class AdaptedTask(L.LightningModule):
         """Keep the trained state only, and say what it belongs to."""
         keys = self._expected_state
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in keys}
-        checkpoint["graft"] = self.identity()
+        checkpoint["graft"] = {**self.identity(), "data": self._data_identity()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another backbone, method or configuration.
@@ -367,12 +378,8 @@ class AdaptedTask(L.LightningModule):
         Raises:
             GraftError: What differs, by name.
         """
-        mine, theirs = self.identity(), checkpoint["graft"]
-        wrong = [
-            f"{key} is {mine[key]!r} here and {theirs.get(key)!r} in the checkpoint"
-            for key in mine
-            if theirs.get(key) != mine[key]
-        ]
+        mine = {**self.identity(), "data": self._data_identity()}
+        wrong = ckpt.differences(mine, checkpoint["graft"])
         if wrong:
             raise GraftError(
                 f"This checkpoint belongs to another run: {'; '.join(wrong)}. Use that run's configuration."
@@ -380,6 +387,11 @@ class AdaptedTask(L.LightningModule):
         ckpt.check_state(checkpoint["state_dict"], self, self._expected_state)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._check_loader(checkpoint["loops"]["fit_loop"]["state_dict"])
+
+    def _data_identity(self) -> dict[str, Any]:
+        """Return the data's name and split digest: a run goes on with the images it began with."""
+        described = self.describe_data(self._datamodule())
+        return {key: described.get(key) for key in ("name", "digest")}
 
     def _check_loader(self, fit_loop: Mapping[str, Any]) -> None:
         """Refuse to go on with other data or batches; Lightning restores the loader within an epoch only."""

@@ -79,12 +79,12 @@ def _setting(message: str, keys: Sequence[str], owners: Sequence[str]) -> GraftE
         return GraftError(f"A recipe has no '{given}'.{suggest(given.partition('.')[0], _TOP)}")
     else:
         for part in filter(None, group.split(".")):
-            owner = _hints(owner).get(part)
+            owner = _hints(owner).get(part) if owner is not None else None
         names = _settings(owner) if owner is not None else []
     hint = suggest(leaf, names) if names else ""
     if len(names) > _MANY and "Did you mean" in hint:
         hint = f"{hint.split(' Allowed:')[0]} `graft fit --help` lists all."
-    return GraftError(f"'{leaf}' is no setting of {group or owner.__name__}.{hint}")
+    return GraftError(f"'{leaf}' is no setting of {group or getattr(owner, '__name__', 'the recipe')}.{hint}")
 
 
 def _class(message: str, keys: Sequence[str]) -> GraftError | None:

@@ -378,7 +378,7 @@ def test_a_damaged_configuration_is_refused(adapter):
     ],
 )
 def test_a_configuration_that_is_not_the_methods_is_refused(adapter, values, key):
-    """PEFT imports the module that `megatron_core` names."""
+    """PEFT would load another scale without a word."""
     change(adapter / "adapter_config.json", **values)
     with pytest.raises(GraftError, match=f"does not say what graft.json says .*{key}"):
         load(adapter, DOMAINS)

@@ -231,7 +231,7 @@ def test_test_adds_to_the_record_and_writes_predictions(copy):
 
 
 def test_testing_with_another_configuration_is_refused(copy):
-    with pytest.raises(GraftError, match="belongs to another run: peft is"):
+    with pytest.raises(GraftError, match="belongs to another run: peft"):
         runs.test(ToyTask(spec_of("BitFit")), ToyData(), copy)
 
 
