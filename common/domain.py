@@ -21,8 +21,8 @@ class Domain:
         summary: One line.
         tasks: Public class name to `package.module` of its Lightning modules (subclasses of `AdaptedTask`).
         data: Public class name to `package.module` of its datamodules.
-        predict: `package.module:function` that runs an exported adapter on the user's files; see
-            `common.exchange.Predictor`.
+        predict: `package.module:function` that runs an exported adapter on the user's files; it is called with the
+            loaded task, the files, the CSV to write and `skip_bad`, and returns a line that sums up.
     """
 
     name: str

@@ -85,7 +85,7 @@ class NormTuning(MethodSpec):
     """Train the affine parameters of the normalisation layers (LayerNorm tuning; Zhao et al. 2023, arXiv 2312.11420).
 
     Running statistics of BatchNorm stay frozen, so that an adapter file is complete. Trainable parameters: twice the
-    channels of each norm.
+    channels of each norm (once where a norm has a scale and no shift).
     """
 
     taxonomy: ClassVar[str] = "selective"

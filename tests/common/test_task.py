@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.cost import CostMeter
 from common.errors import GraftError
 from common.loading import mix_seed
 from common.run import build_trainer
@@ -283,34 +284,60 @@ def test_gradient_checkpointing_without_support_is_refused():
         task.assemble()
 
 
-@pytest.mark.parametrize("switch", ["set_grad_checkpointing", "gradient_checkpointing_enable"])
-@pytest.mark.parametrize("method", ["LoRA", "FullFineTune"])
-def test_gradient_checkpointing_changes_memory_and_not_the_result(tmp_path, switch, method):
-    class Recomputing(ToyBackbone):
-        again = False
+class Recomputing(ToyBackbone):
+    again = False
 
-        def forward(self, x):
-            x = self.embed(self.input_norm(x.transpose(1, 2)).transpose(1, 2))
-            for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if self.again and self.training else block(x)
-            return self.norm(x)
+    def forward(self, x):
+        x = self.embed(self.input_norm(x.transpose(1, 2)).transpose(1, 2))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.again and self.training else block(x)
+        return self.norm(x)
 
-    setattr(Recomputing, switch, lambda self: setattr(self, "again", True))
+    def set_grad_checkpointing(self):
+        self.again = True
 
-    class Task(ToyTask):
-        def build_backbone(self):
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                return Backbone(name="toy", model=Recomputing(), family=FAMILY)
 
-    from common.cost import CostMeter
+class RecomputingTask(ToyTask):
+    def build_backbone(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Recomputing()
+        if type(self.peft).__name__ == "FullFineTune":
+            model.input_norm = nn.Identity()
+        return Backbone(name="toy", model=model, family=FAMILY)
 
+
+@pytest.mark.parametrize("method", ["LoRA", "LastBlocks", "FullFineTune"])
+def test_gradient_checkpointing_changes_memory_and_not_the_result(tmp_path, method):
     states, kept = [], []
     for on in (False, True):
-        task, meter = Task(spec_of(method), gradient_checkpointing=on), CostMeter()
+        task, meter = RecomputingTask(spec_of(method), gradient_checkpointing=on), CostMeter()
         fit(task, tmp_path, meter, max_epochs=1)
         states.append(task.state_dict())
         kept.append(meter.step["activations"])
     assert kept[1] < kept[0]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, msg=name)
+
+
+def test_either_librarys_switch_is_used():
+    class Other(nn.Module):
+        switched = False
+
+        def gradient_checkpointing_enable(self):
+            self.switched = True
+
+    model = Other()
+    ToyTask._switch_checkpointing(model)
+    assert model.switched
+
+
+def test_batch_norm_statistics_that_train_are_not_counted_twice():
+    class Task(RecomputingTask):
+        def build_backbone(self):
+            return Backbone(name="toy", model=Recomputing(), family=FAMILY)
+
+    task = Task(spec_of("FullFineTune"), gradient_checkpointing=True)
+    task.facts = Facts()
+    with pytest.raises(GraftError, match="batch norm statistics twice"):
+        task.assemble()
