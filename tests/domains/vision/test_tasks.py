@@ -129,8 +129,14 @@ def test_the_example_batch_is_always_the_same():
     assert first.images.shape == (2, 3, 32, 32)
 
 
-@pytest.mark.parametrize("backbone", ["test_vit", "test_efficientnet", "test_convnext2"])
-@pytest.mark.parametrize("peft", [LoRA(on=["all"], rank=2), FullFineTune()], ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize(
+    ("backbone", "peft"),
+    [
+        *((name, LoRA(on=["all"], rank=2)) for name in ("test_vit", "test_efficientnet", "test_convnext2")),
+        *((name, FullFineTune()) for name in ("test_vit", "test_convnext2")),  # refused with batch norms that train
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
 def test_gradient_checkpointing_changes_memory_and_nothing_else(batch, backbone, peft):
     found = []
     for checkpointing in (False, True):
