@@ -18,7 +18,7 @@ from common import checkpoint as ckpt
 from common.attach import Attached, attach, probe
 from common.errors import GraftError
 from common.loading import StatefulLoader, mix_seed
-from common.methods import FullFineTune, MethodSpec
+from common.methods import MethodSpec
 from common.roles import Family
 
 
@@ -186,11 +186,12 @@ class AdaptedTask(L.LightningModule):
         self.backbone_name = built.name
         if self.gradient_checkpointing:
             self._switch_checkpointing(built.model)
-            self._refuse_double_statistics(built.model)
         if attach_with is None:
             self.attached = attach(built.model, self.peft, built.family, seed=mix_seed(self.seed, 1), name=built.name)
         else:
             self.attached = attach_with(built)
+        if self.gradient_checkpointing:
+            self._refuse_double_statistics()
         self.backbone = self.attached.model
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix_seed(self.seed, 2))
@@ -208,10 +209,11 @@ class AdaptedTask(L.LightningModule):
             )
         switch()
 
-    def _refuse_double_statistics(self, model: nn.Module) -> None:
+    def _refuse_double_statistics(self) -> None:
         """Refuse to recompute batch norms that train: each step would update their running statistics twice."""
-        counted = any(isinstance(m, _NormBase) and m.track_running_stats for m in model.modules())
-        if counted and isinstance(self.peft, FullFineTune):
+        modules = self.attached.model.modules()
+        counted = any(isinstance(m, _NormBase) and m.track_running_stats for m in modules)
+        if counted and self.attached.plan.mode == "full":
             raise GraftError(
                 "gradient_checkpointing with FullFineTune would update this backbone's batch norm statistics twice a "
                 "step. Set gradient_checkpointing to false, or choose a method that freezes them."

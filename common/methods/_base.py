@@ -30,13 +30,11 @@ class Plan:
         targets: Module name to role of every module that the method acts on.
         mode: `frozen` keeps the whole backbone in eval mode and out of the graph; `adapted` trains with dropout on and
             the statistics of frozen norms fixed; `full` trains everything.
-        live: Modules whose running statistics train with them (their descendants too).
     """
 
     peft_config: PeftConfig | None
     targets: Mapping[str, str]
     mode: ModePolicy = "adapted"
-    live: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

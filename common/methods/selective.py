@@ -27,7 +27,7 @@ class FullFineTune(MethodSpec):
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Train all; see the base class."""
         targets = dict(roles.role_of) if roles else {}
-        return Plan(peft_config=None, targets=targets, mode="full", live=("",))
+        return Plan(peft_config=None, targets=targets, mode="full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,5 +135,4 @@ class LastBlocks(MethodSpec):
         return Plan(
             peft_config=LNTuningConfig(target_modules=exact(chosen)),
             targets=dict.fromkeys(chosen, "block"),
-            live=(),
         )
