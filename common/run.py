@@ -140,7 +140,7 @@ def test(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **trai
     trainer.test(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
     values = trainer.callback_metrics
     record["test"] = {key.removeprefix("test/"): _number(v) for key, v in values.items() if key.startswith("test/")}
-    rows = task.predictions(torch.cat(collect.outputs), data)
+    rows = task.predictions(collect.outputs, data, folder)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(folder / PREDICTIONS, lambda file: file.write(lines.encode()))
     write_json(folder / METRICS, record)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -150,9 +151,24 @@ class AdaptedTask(L.LightningModule):
         """Return the data's name, split digest and sizes (`train`, `val`, `test`), for the run's record."""
         raise NotImplementedError
 
-    def predictions(self, outputs: Tensor, data: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-        """Return one plain row per test example from the head's outputs, for `predictions.jsonl`."""
+    def predictions(self, outputs: Sequence[Tensor], data: Any, folder: Path) -> list[dict[str, Any]]:  # noqa: ANN401
+        """Return one plain row per test example, for `predictions.jsonl`.
+
+        Args:
+            outputs: What `keep` returned for each test batch, in order.
+            data: The datamodule.
+            folder: The run's folder; pictures and other files belong into `folder / "predictions"`, and a row names
+                them relative to `folder`.
+        """
         raise NotImplementedError
+
+    def infer(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Return the outputs for an evaluation batch, as loss and metrics take them; `forward`, unless overridden."""
+        return self(batch)
+
+    def keep(self, outputs: Tensor) -> Tensor:
+        """Return what is to be kept of a test batch's outputs for `predictions`; all, unless overridden."""
+        return outputs
 
     def usage(self) -> str:
         """Return Python lines that load this task's export with plain libraries, for the model card."""
@@ -182,7 +198,9 @@ class AdaptedTask(L.LightningModule):
         Args:
             attach_with: Puts the method onto the backbone; by default this task's spec does, with a fresh start.
         """
-        built = self.build_backbone()
+        with torch.random.fork_rng(devices=[]):  # a backbone with random weights is drawn from the task's seed
+            torch.manual_seed(mix_seed(self.seed, 0))
+            built = self.build_backbone()
         self.backbone_name = built.name
         if self.gradient_checkpointing:
             self._switch_checkpointing(built.model)
@@ -264,11 +282,11 @@ class AdaptedTask(L.LightningModule):
         self._evaluate(batch, "val", self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
-        """Update the test metrics and return the outputs, for the run's predictions."""
-        return self._evaluate(batch, "test", self.test_metrics)
+        """Update the test metrics and return what the run's predictions need."""
+        return self.keep(self._evaluate(batch, "test", self.test_metrics))
 
     def _evaluate(self, batch: Any, stage: str, metrics: MetricCollection) -> Tensor:  # noqa: ANN401
-        output, targets = self(batch).float(), self.targets(batch)
+        output, targets = self.infer(batch).float(), self.targets(batch)
         metrics.update(output, targets)
         size = len(batch[0])
         self.log(f"{stage}/loss", self.loss(output, targets), on_step=False, on_epoch=True, batch_size=size)

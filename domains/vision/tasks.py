@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
-from common.loading import mix_seed
+from common.images.backbones import ImageBackbone, build, last_norm, takes_size, tokens
 from common.methods import MethodSpec
 from common.task import AdaptedTask, OptimSpec
-from domains.vision.backbones import VisionBackbone, build, last_norm, takes_size, tokens
 from domains.vision.data import ImageBatch, ImageFacts
 from domains.vision.heads import HeadKind, PooledHead, Pooling
 
@@ -68,14 +68,12 @@ class ImageClassification(AdaptedTask):
         super().__init__(
             peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing
         )
-        self._built: VisionBackbone
+        self._built: ImageBackbone
 
-    def build_backbone(self) -> VisionBackbone:
-        """Build the named backbone at the data's image size; a random one is drawn from the task's seed."""
+    def build_backbone(self) -> ImageBackbone:
+        """Build the named backbone at the data's image size."""
         wanted = {key: self.settings[key] for key in ("pretrained", "weights", "depth")}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(self.seed, 0))
-            self._built = build(self.settings["backbone"], self.facts.image_size, **wanted)
+        self._built = build(self.settings["backbone"], self.facts.image_size, **wanted)
         self.register_buffer("mean", torch.tensor(self._built.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self._built.std).view(3, 1, 1), persistent=False)
         return self._built
@@ -153,9 +151,9 @@ class ImageClassification(AdaptedTask):
             "skipped": facts.skipped,
         }
 
-    def predictions(self, outputs: Tensor, data: Any) -> list[dict[str, Any]]:  # noqa: ANN401
+    def predictions(self, outputs: Sequence[Tensor], data: Any, folder: Path) -> list[dict[str, Any]]:  # noqa: ANN401
         """Return id, label, prediction, probability and file of each test image."""
-        probabilities = outputs.softmax(dim=-1)
+        probabilities = torch.cat(list(outputs)).softmax(dim=-1)
         top, index = probabilities.max(dim=-1)
         names = self.facts.class_names
         return [
@@ -179,7 +177,7 @@ class ImageClassification(AdaptedTask):
             given = {key: self.settings[key] for key in ("weights", "depth") if self.settings[key] is not None}
             options = "".join(f", {key}={value!r}" for key, value in given.items())
             base = (
-                "from domains.vision.backbones import build  # Graft prepares this backbone for adapters\n"
+                "from common.images.backbones import build  # Graft prepares this backbone for adapters\n"
                 f"base = build({name!r}, {size}{options}).model"
             )
         tuned = "model = PeftModel.from_pretrained(base, FOLDER).eval()"

@@ -33,7 +33,7 @@ from tests.domains.vision.conftest import write_recipe
         ("--peft.init pisa", "Unknown peft.init 'pisa'. Did you mean 'pissa'? Allowed: "),
         ("--model Classification", "Unknown task 'Classification'. Did you mean 'ImageClassification'? Allowed: "),
         ("--model.bakbone x", "'bakbone' is no setting of ImageClassification. Did you mean 'backbone'? Allowed: "),
-        ("--model.backbone test_vitt", "Unknown vision backbone 'test_vitt'. Did you mean 'test_vit'? "),
+        ("--model.backbone test_vitt", "Unknown image backbone 'test_vitt'. Did you mean 'test_vit'? "),
         ("--model.backbone test_resnet", "Role 'attention' matches no module of this resnet backbone. Roles it has: "),
         ("--model.optim.lrr 1", "'lrr' is no setting of optim. Did you mean 'lr'? Allowed: "),
         ("--model.optim.lr x", "model.optim.lr is 'x', but it takes a number. "),

@@ -10,9 +10,9 @@ import torch
 
 from common.cost import measure_step
 from common.errors import GraftError
+from common.images.backbones import build, tokens
 from common.methods import BitFit, FullFineTune, LinearProbe, LoRA
 from common.task import OptimSpec
-from domains.vision.backbones import build, tokens
 from domains.vision.data import ImageBatch, ImageFacts, Record
 from domains.vision.tasks import ImageClassification
 
@@ -101,7 +101,7 @@ def test_predictions_name_the_best_class_and_its_probability():
             return rows
 
     logits = torch.tensor([[0.0, 1.0, 3.0], [2.0, 1.0, 0.0]])
-    found = made.predictions(logits, Data())
+    found = made.predictions([logits], Data(), Path())
     assert [row["prediction"] for row in found] == ["class2", "class0"]
     best = math.exp(3) / (1 + math.e + math.exp(3))
     assert found[0] == {

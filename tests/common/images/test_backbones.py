@@ -15,11 +15,11 @@ from torch.nn import functional
 
 from common.attach import attach, probe
 from common.errors import GraftError
+from common.images.backbones import FAMILIES, build, last_norm, read_weights, takes_size, tokens
+from common.images.starters import STARTERS
 from common.methods import METHODS, LoRA
 from common.roles import resolve
-from domains.vision.backbones import FAMILIES, build, last_norm, read_weights, takes_size, tokens
-from domains.vision.starters import STARTERS
-from tests.domains.vision.nets import NETS, build_net, images
+from tests.nets import NETS, build_net, images
 
 CNNS = ("convnext", "efficientnet", "mobilenetv3", "mobilenetv4", "resnet")
 
@@ -258,7 +258,7 @@ def test_plain_means_that_timm_builds_the_same(tmp_path):
 
 def test_unknown_names_get_the_nearest_one():
     with pytest.raises(
-        GraftError, match=r"Unknown vision backbone 'test_vitt'\. Did you mean 'test_vit'\? Use a starter"
+        GraftError, match=r"Unknown image backbone 'test_vitt'\. Did you mean 'test_vit'\? Use a starter"
     ):
         build("test_vitt", 32, pretrained=False)
     with pytest.raises(GraftError, match=r"Did you mean 'vit-small-patch14-focus'\?"):

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from common import artifacts
 from common.errors import GraftError
-from domains.vision import starters
-from domains.vision.starters import STARTERS, efficientnet_lite0, vit_small_patch14_focus
+from common.images import starters
+from common.images.starters import STARTERS, efficientnet_lite0, vit_small_patch14_focus
 
 FOCUS = "vit-small-patch14-focus"
 LITE0 = "efficientnet-lite0"

@@ -10,7 +10,7 @@ from unittest import mock
 import timm
 import torch
 
-from domains.vision.backbones import VisionBackbone, build
+from common.images.backbones import ImageBackbone, build
 
 _TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 _SWIN = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}
@@ -45,7 +45,7 @@ NETS = {
 }
 
 
-def build_net(key: str, **options: Any) -> VisionBackbone:
+def build_net(key: str, **options: Any) -> ImageBackbone:
     """Build a tiny backbone through the domain's own `build`, always with the same random weights."""
     net = NETS[key]
     create = timm.create_model

@@ -1,4 +1,4 @@
-"""Vision backbones: the starters, and any timm model, with the roles of their modules and their input facts."""
+"""Image backbones: the starters, and any timm model, with the roles of their modules and their input facts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import GraftError, suggest, unknown
-from common.roles import NORMS, Family, Pattern, has_affine
+from common.images.starters import STARTERS
+from common.roles import NORMS, Family, Pattern
 from common.task import Backbone
-from domains.vision.starters import STARTERS
 
 LINEAR = (nn.Linear,)
 CONV = (nn.Conv2d,)
@@ -112,7 +112,7 @@ CLASSIFIERS = ("head.", "head_dist.", "classifier.", "fc.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionBackbone(Backbone):
+class ImageBackbone(Backbone):
     """A backbone without a classifier, and what its input must look like.
 
     Attributes:
@@ -137,7 +137,7 @@ def build(
     pretrained: bool = True,
     weights: str | None = None,
     depth: int | None = None,
-) -> VisionBackbone:
+) -> ImageBackbone:
     """Build a pretrained backbone without classifier.
 
     Args:
@@ -167,7 +167,7 @@ def build(
     if depth is not None:
         _truncate(model, name, depth)
     changed = _adjust(model)
-    return VisionBackbone(
+    return ImageBackbone(
         name=name,
         model=model.eval(),
         family=FAMILIES.get(type(model).__name__),
@@ -183,7 +183,7 @@ def _timm_model(name: str, image_size: int, *, pretrained: bool, weights: str | 
     if not timm.is_model(name):
         near = suggest(name, [*STARTERS, *timm.list_models()]).split(" Allowed:")[0]
         raise GraftError(
-            f"Unknown vision backbone '{name}'.{near} Use a starter ({', '.join(STARTERS)}) or a timm model."
+            f"Unknown image backbone '{name}'.{near} Use a starter ({', '.join(STARTERS)}) or a timm model."
         )
     arch, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{arch}.*")]
@@ -217,7 +217,8 @@ def _adjust(model: nn.Module) -> bool:
     Returns:
         Whether anything was changed.
     """
-    separate = [module for module in model.modules() if getattr(module, "qkv_bias_separate", True) is False]
+    modules: list[Any] = list(model.modules())
+    separate = [module for module in modules if getattr(module, "qkv_bias_separate", True) is False]
     separate = [module for module in separate if getattr(module, "q_bias", None) is not None]
     for module in separate:
         # BEiT, EVA and Swin V2 would read the weight of `qkv` without calling it, past any adapter on it.
@@ -231,13 +232,14 @@ def _adjust(model: nn.Module) -> bool:
 def _open_branches(model: nn.Module) -> None:
     """Let gradients through a random start: ResNet and Swin V2 begin with residual branches that are scaled to zero."""
     for module in model.modules():
-        if isinstance(module, NORMS) and has_affine(module) and not module.weight.any():
-            nn.init.ones_(module.weight)
+        weight = getattr(module, "weight", None)
+        if isinstance(module, NORMS) and isinstance(weight, Tensor) and not weight.any():
+            nn.init.ones_(weight)
 
 
 def _create(name: str, image_size: int, args: dict[str, Any], *, pretrained: bool = False) -> Any:  # noqa: ANN401
     """Create a timm model without classifier, at the wanted input size where its architecture is built for one."""
-    options = {"img_size": image_size} if takes_size(name) else {}
+    options: dict[str, Any] = {"img_size": image_size} if takes_size(name) else {}
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **(options | args))
     except AssertionError as error:
@@ -316,7 +318,7 @@ def _part(model: nn.Module, name: str) -> nn.Module:
     return found if isinstance(found, nn.Module) else nn.Identity()
 
 
-def tokens(model: nn.Module, images: Tensor) -> Tensor:
+def tokens(model: Any, images: Tensor) -> Tensor:  # noqa: ANN401  (any timm model, bare or wrapped)
     """Run a timm backbone and return its features as tokens.
 
     Args:
@@ -326,7 +328,7 @@ def tokens(model: nn.Module, images: Tensor) -> Tensor:
     Returns:
         (B, N, C): prefix tokens first where there are any; the positions of a feature map in row order.
     """
-    out = model.forward_features(images)  # type: ignore[operator]
+    out = model.forward_features(images)
     if norm := last_norm(model):
         out = _part(model, norm)(out)
     if out.ndim == 3:

@@ -1,0 +1,1 @@
+"""What every domain of images stands on: timm backbones with their roles, and the starter checkpoints among them."""
