@@ -18,6 +18,7 @@ def render(record: Mapping[str, Any], certificate: Mapping[str, Any], usage: str
     name = method["class_path"]
     settings = ", ".join(f"{key}={value}" for key, value in method["init_args"].items())
     rows = [f"| {stage} | {_metrics(record[stage])} |" for stage in ("val", "test") if record.get(stage)]
+    notes = [f"- {note}" for note in record.get("notes", [])]
     merged = certificate["merge_max_abs_error"]
     lines = [
         "---",
@@ -28,6 +29,7 @@ def render(record: Mapping[str, Any], certificate: Mapping[str, Any], usage: str
         "",
         f"Trained with Graft {record['environment']['graft']}: `{name}({settings})`.",
         "",
+        *([*notes, ""] if notes else []),
         "## Quality",
         "| split | metrics |",
         "|---|---|",

@@ -25,9 +25,9 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
         `" Did you mean 'x'?"` where one is near, then the sorted list of allowed names.
     """
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    folded = {name.lower(): name for name in names}
+    near = [folded[given.lower()]] if given.lower() in folded else difflib.get_close_matches(given, names, 1, 0.5)
     if not near:
-        folded = {name.lower(): name for name in names}
         near = [folded[m] for m in difflib.get_close_matches(given.lower(), list(folded), n=1, cutoff=0.5)]
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return f"{hint} Allowed: {', '.join(names)}."

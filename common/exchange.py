@@ -275,7 +275,7 @@ def _check_config(folder: Path, spec: MethodSpec, plan: Plan) -> None:
     wanted = json.loads(json.dumps(wanted, default=sorted))  # sets as PEFT writes them
     free = {"base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping"}
     if _starts_from_the_weight(spec):  # exported as plain LoRA of twice the rank
-        free |= {"r", "lora_alpha", "init_lora_weights", "use_rslora"}
+        free |= {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_rslora"}
     wrong = sorted(key for key in given if key not in free and given[key] != wanted.get(key))
     if wrong:
         raise GraftError(

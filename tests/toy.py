@@ -22,7 +22,7 @@ FAMILY = Family(
     name="toy",
     block=r"blocks\.\d+",
     roles={
-        "stem": (Pattern(r"embed", (nn.Linear,)),),
+        "stem": (Pattern(r"embed", (nn.Linear,)), Pattern(r"mix", (nn.Conv1d,))),
         "attention_qkv": (Pattern(r"blocks\.\d+\.qkv", (nn.Linear,)),),
         "attention_out": (Pattern(r"blocks\.\d+\.out", (nn.Linear,)),),
         "ffn_in": (Pattern(r"blocks\.\d+\.fc1", (nn.Linear,)),),
@@ -32,7 +32,7 @@ FAMILY = Family(
 )
 
 
-SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4}}
+SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4}, "ConvAdapter": {"target_modules": ["mix"]}}
 
 
 def spec_of(method, **settings):
@@ -55,17 +55,19 @@ class Block(nn.Module):
 
 
 class ToyBackbone(nn.Module):
-    """(B, T, 4) -> (B, T, width); a BatchNorm on the input makes statistics part of the game."""
+    """(B, T, 4) -> (B, T, width); a BatchNorm on the input and a convolution in the stem, for what acts on them."""
 
     def __init__(self, width=8, depth=2):
         super().__init__()
         self.input_norm = nn.BatchNorm1d(4)
         self.embed = nn.Linear(4, width)
+        self.mix = nn.Conv1d(width, width, 3, padding=1)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x):
         x = self.embed(self.input_norm(x.transpose(1, 2)).transpose(1, 2))
+        x = x + self.mix(x.transpose(1, 2)).transpose(1, 2)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -171,4 +173,25 @@ class ToyTask(AdaptedTask):
         return "import torch"
 
 
-DOMAINS = {"toy": Domain(name="toy", summary="tests", tasks={"ToyTask": "tests.toy"}, data={"ToyData": "tests.toy"})}
+def most_frequent(task, data):
+    """The most frequent class, whatever the input."""
+    labels = torch.tensor([int(y) for _, y in data.train_dataloader().dataset])
+    logits = torch.nn.functional.one_hot(labels.mode().values, task.facts.classes)
+    return lambda batch: logits.expand(len(batch[0]), -1)
+
+
+def untrained(task, data):
+    """The backbone and the head as they are before training."""
+    task.assemble()
+    return task.infer
+
+
+DOMAINS = {
+    "toy": Domain(
+        name="toy",
+        summary="tests",
+        tasks={"ToyTask": "tests.toy"},
+        data={"ToyData": "tests.toy"},
+        baselines={"MostFrequent": "tests.toy:most_frequent", "Untrained": "tests.toy:untrained"},
+    )
+}

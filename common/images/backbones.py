@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import timm.data
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ CONV = (nn.Conv2d,)
 
 
 def _dense(module: nn.Module) -> bool:
-    """A convolution over all channels; low-rank changes of grouped ones cannot be merged."""
+    """A convolution over all channels; in a grouped one there is little for a low-rank change to save."""
     return getattr(module, "groups", 1) == 1
 
 

@@ -8,24 +8,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.methods._base import MethodSpec, ModePolicy, OnModules, Plan
-from common.methods.additive import IA3
+from common.methods.additive import IA3, SSF, ConvAdapter
 from common.methods.reparameterised import LoRA, VeRA
-from common.methods.selective import BitFit, FullFineTune, LastBlocks, LinearProbe, NormTuning
+from common.methods.selective import BitFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
 
 METHODS: Mapping[str, type[MethodSpec]] = {
-    spec.__name__: spec for spec in (FullFineTune, LinearProbe, BitFit, NormTuning, LastBlocks, LoRA, VeRA, IA3)
+    spec.__name__: spec
+    for spec in (
+        FullFineTune,
+        LinearProbe,
+        BitFit,
+        NormTuning,
+        NormBias,
+        LastBlocks,
+        LoRA,
+        VeRA,
+        IA3,
+        SSF,
+        ConvAdapter,
+    )
 }
 
 __all__ = [
     "IA3",
     "METHODS",
+    "SSF",
     "BitFit",
+    "ConvAdapter",
     "FullFineTune",
     "LastBlocks",
     "LinearProbe",
     "LoRA",
     "MethodSpec",
     "ModePolicy",
+    "NormBias",
     "NormTuning",
     "OnModules",
     "Plan",

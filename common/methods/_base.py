@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 ModePolicy = Literal["frozen", "adapted", "full"]
 
+# Classes of torch.nn, for `require_types`.
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -30,11 +33,13 @@ class Plan:
         targets: Module name to role of every module that the method acts on.
         mode: `frozen` keeps the whole backbone in eval mode and out of the graph; `adapted` trains with dropout on and
             the statistics of frozen norms fixed; `full` trains everything.
+        notes: What the user should know of how the settings were carried out, one sentence each.
     """
 
     peft_config: PeftConfig | None
     targets: Mapping[str, str]
     mode: ModePolicy = "adapted"
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +117,16 @@ def require_types(method: str, model: nn.Module, names: Mapping[str, str], allow
     wrong = {name: model.get_submodule(name) for name in names}
     wrong = {name: module for name, module in wrong.items() if not isinstance(module, types)}
     if wrong:
-        name, module = next(iter(wrong.items()))
+        shown = [f"'{name}' ({type(module).__name__}, role {names[name]})" for name, module in wrong.items()]
         raise GraftError(
-            f"{method} cannot act on '{name}' ({type(module).__name__}, role {names[name]}) and {len(wrong) - 1} more; "
-            f"it takes {', '.join(allowed)}. Choose other roles with 'on', or another method."
+            f"{method} cannot act on {listed(shown, most=1)}; it takes {', '.join(allowed)}. Choose other roles with "
+            "'on', or another method."
         )
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Word a list of names for a sentence, cut after the first few."""
+    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def exact(names: Sequence[str]) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from common.errors import GraftError
-from common.methods._base import OnModules, Plan, exact, require_types
+from common.methods._base import CONVOLUTIONS, OnModules, Plan, exact, listed, require_types
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from peft import PeftConfig
     from torch import nn
 
     from common.roles import RoleMap
@@ -20,7 +25,14 @@ class LoRA(OnModules):
 
     y = W x + s B A x with A of shape (rank, in) and B of shape (out, rank), B = 0 at the start; s = alpha / rank, or
     alpha / sqrt(rank) with `rslora` (Kalajdzievski 2023, arXiv 2312.03732). Trainable parameters: rank (in + out) for
-    each adapted layer. The first choice where attention carries the model; merges without a trace.
+    each adapted layer; a convolution's `in` is its inputs / groups times its kernel positions. A rank above a thin
+    layer's own size, min(in, out), is lowered to it there, at the same s. The first choice where attention carries the
+    model; merges without a trace.
+
+    PEFT's own tuner does it. Where a target is a convolution that PEFT refuses or gets wrong (transposed, grouped,
+    dilated, padded otherwise than with zeros, of a class of its own, or a 3D kernel of which only the last side exceeds
+    one), Graft's own does it for all targets: it runs each layer once with W + s B A in place of W, and has no dropout
+    and the starts `default` and `gaussian` only.
 
     Args:
         rank: Rank of the change.
@@ -44,28 +56,86 @@ class LoRA(OnModules):
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
-        """Take Linear, Conv and Embedding layers; see the base class."""
-        from peft import LoraConfig
-
+        """Take Linear, convolution and Embedding layers; see the base class."""
         _positive_rank("LoRA", self.rank)
         if not 0.0 <= self.dropout < 1.0:
             raise GraftError(f"LoRA dropout is {self.dropout}; give a share in [0, 1).")
         if self.dora and self.init in ("pissa", "olora"):
             raise GraftError(f"LoRA with dora cannot start from {self.init}, since no export could hold it. Drop one.")
         targets = self.select(model, roles)
-        require_types("LoRA", model, targets, ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"))
-        for name in targets:
-            _refuse_convolution_the_engine_gets_wrong(name, model.get_submodule(name))
-        config = LoraConfig(
+        require_types("LoRA", model, targets, ("Linear", *CONVOLUTIONS, "Embedding"))
+        lowered = self._lowered(model, targets)
+        notes = _say_lowered(self.rank, lowered)
+        wrong = {name: _what_the_engine_gets_wrong(model.get_submodule(name)) for name in targets}
+        wrong = {name: reason for name, reason in wrong.items() if reason}
+        if not wrong:
+            config = self._engine_config(targets, lowered)
+            return Plan(peft_config=config, targets=targets, notes=("LoRA runs in PEFT's own tuner.", *notes))
+        name, reason = next(iter(wrong.items()))
+        self._refuse_what_weight_space_lacks(f"PEFT's own tuner cannot do '{name}' ({reason})")
+        engine = f"LoRA runs in Graft's own tuner, since PEFT's cannot do {len(wrong)} of {len(targets)} layers: "
+        engine += listed([f"{name} ({reason})" for name, reason in wrong.items()]) + "."
+        return Plan(peft_config=self._own_config(targets), targets=targets, notes=(engine, *notes))
+
+    @property
+    def _scale(self) -> float:
+        alpha = self.alpha if self.alpha is not None else 2 * self.rank
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def _lowered(self, model: nn.Module, targets: Mapping[str, str]) -> dict[str, int]:
+        """Return the rank of every layer that is too thin for the wanted one."""
+        from common.tuners import matrix_shape
+
+        sizes = {name: min(matrix_shape(model.get_submodule(name))) for name in targets}
+        if self.init == "orthogonal" and self.rank % 2 == 0:  # it takes even ranks only
+            sizes = {name: size - size % 2 for name, size in sizes.items()}
+            if too_thin := [name for name, size in sizes.items() if not size]:
+                raise GraftError(
+                    f"LoRA init 'orthogonal' needs a rank of at least 2, and '{too_thin[0]}' allows 1. Choose another "
+                    "init, or other roles with 'on'."
+                )
+        return {name: size for name, size in sizes.items() if size < self.rank}
+
+    def _engine_config(self, targets: Mapping[str, str], lowered: Mapping[str, int]) -> PeftConfig:
+        from peft import LoraConfig
+
+        if lowered and self.rslora and self.init in ("pissa", "olora"):
+            raise GraftError(
+                f"LoRA with rslora cannot start from {self.init} where layers allow less than rank {self.rank} "
+                f"({listed(list(lowered))}), since no export could hold it. Set rslora to false, or lower the rank."
+            )
+        ranks = {f"^{re.escape(name)}": rank for name, rank in lowered.items()}  # PEFT would match a suffix
+        root = math.sqrt if self.rslora else float
+        return LoraConfig(
             r=self.rank,
             lora_alpha=cast("int", self.alpha if self.alpha is not None else 2 * self.rank),  # PEFT takes any number
+            rank_pattern=ranks,
+            alpha_pattern={pattern: self._scale * root(rank) for pattern, rank in ranks.items()},
             target_modules=exact(list(targets)),
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=True if self.init == "default" else self.init,
         )
-        return Plan(peft_config=config, targets=targets)
+
+    def _own_config(self, targets: Mapping[str, str]) -> PeftConfig:
+        from common.tuners import WeightLoraConfig
+
+        return WeightLoraConfig(
+            target_modules=exact(list(targets)), r=self.rank, scale=self._scale, dora=self.dora, init=self.init
+        )
+
+    def _refuse_what_weight_space_lacks(self, because: str) -> None:
+        if self.dropout:
+            raise GraftError(
+                f"LoRA dropout is {self.dropout}, but {because}, and Graft's own changes the weight, where there is no "
+                "input to drop. Set dropout to 0, or choose other roles with 'on'."
+            )
+        if self.init not in ("default", "gaussian"):
+            raise GraftError(
+                f"LoRA init is '{self.init}', but {because}, and Graft's own starts from 'default' or 'gaussian'. "
+                "Choose one of them, or other roles with 'on'."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +184,30 @@ def _positive_rank(method: str, rank: int) -> None:
         raise GraftError(f"{method} rank is {rank}; give a whole number of at least 1.")
 
 
-def _refuse_convolution_the_engine_gets_wrong(name: str, module: nn.Module) -> None:
-    """Refuse the convolutions on which PEFT's LoRA is silently wrong: it drops dilation and padding mode."""
-    dilation = getattr(module, "dilation", None)
-    if not isinstance(dilation, tuple):
-        return
-    wrong = ""
-    if any(d != 1 for d in dilation):
-        wrong = f"dilation {dilation}"
-    elif getattr(module, "padding_mode", "zeros") != "zeros":
-        wrong = f"padding mode {getattr(module, 'padding_mode', '')!r}"
-    elif "same" in type(module).__name__.lower():
-        wrong = f"padding computed from the input ({type(module).__name__})"
-    if wrong:
-        raise GraftError(f"LoRA on '{name}' is refused: the engine ignores its {wrong}. Choose roles without it.")
+def _say_lowered(rank: int, lowered: Mapping[str, int]) -> tuple[str, ...]:
+    if not lowered:
+        return ()
+    layers = listed([f"{name} ({size})" for name, size in lowered.items()])
+    return (f"Rank {rank} is lowered to the layer's own size in {len(lowered)} layers: {layers}.",)
+
+
+def _what_the_engine_gets_wrong(module: nn.Module) -> str:
+    """Say why PEFT's LoRA is no choice for a layer, or nothing where it is right, merging included."""
+    from torch import nn as torch_nn
+    from torch.nn.modules.conv import _ConvNd
+
+    if not isinstance(module, _ConvNd):
+        return ""
+    if module.transposed:
+        return "transposed"
+    if module.groups > 1:
+        return f"{module.groups} groups"
+    if any(d != 1 for d in module.dilation):
+        return f"dilation {module.dilation}"
+    if module.padding_mode != "zeros":
+        return f"padding mode '{module.padding_mode}'"
+    if type(module) not in (torch_nn.Conv1d, torch_nn.Conv2d, torch_nn.Conv3d):
+        return f"class {type(module).__name__}"
+    if isinstance(module, torch_nn.Conv3d) and module.kernel_size[:2] == (1, 1):
+        return f"kernel {module.kernel_size}"
+    return ""

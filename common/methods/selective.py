@@ -9,6 +9,8 @@ from common.errors import GraftError
 from common.methods._base import MethodSpec, Plan, exact
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from common.roles import RoleMap
@@ -63,21 +65,62 @@ class BitFit(MethodSpec):
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Take every module that has a bias; see the base class."""
+        from common.roles import NORMS
+
+        biases = [n for n, m in model.named_modules() if _has(m, "bias") and (self.norms or not isinstance(m, NORMS))]
+        if not biases:
+            raise GraftError(f"BitFit finds no bias in {type(model).__name__}; choose another method.")
+        return _copies(roles, biases=biases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormBias(MethodSpec):
+    """Train scale and shift of the norms, all biases, and the slopes of learnable activations (PReLU).
+
+    For each norm y = w * norm(x) + b, w and b are trained, for each other layer y = f(x; W) + b, b, and for each PReLU
+    y = max(0, x) + a * min(0, x), a. These are the scale-and-bias patches of Mudrakarta et al. 2018 (arXiv 1810.10703)
+    and the biases of BitFit (arXiv 2106.10199) in one. Trainable parameters: the sum of the lengths of these vectors.
+    The statistics of batch norms stay frozen. For convolutional networks, whose norms and slopes say as much as their
+    biases (many convolutions before a norm have none); merges without a trace.
+    """
+
+    taxonomy: ClassVar[str] = "selective"
+    summary: ClassVar[str] = "train norms, biases and activations' slopes"
+    source: ClassVar[str] = "arXiv 1810.10703"
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Take every norm, every module that has a bias and every PReLU; see the base class."""
         from torch import nn as torch_nn
 
         from common.roles import NORMS
-        from common.tuners import BitFitConfig
 
-        role_of = roles.role_of if roles else {}
-        targets = {
-            name: role_of.get(name, "other")
-            for name, module in model.named_modules()
-            if isinstance(module.__dict__.get("_parameters", {}).get("bias"), torch_nn.Parameter)
-            and (self.norms or not isinstance(module, NORMS))
-        }
-        if not targets:
-            raise GraftError(f"BitFit finds no bias in {type(model).__name__}; choose another method.")
-        return Plan(peft_config=BitFitConfig(target_modules=exact(list(targets))), targets=targets)
+        modules = dict(model.named_modules())
+        biases = [n for n, m in modules.items() if _has(m, "bias")]
+        weights = [n for n, m in modules.items() if isinstance(m, (*NORMS, torch_nn.PReLU)) and _has(m, "weight")]
+        if not biases and not weights:
+            raise GraftError(
+                f"NormBias finds no norm, bias or slope to train in {type(model).__name__}; choose another method."
+            )
+        return _copies(roles, weights=weights, biases=biases)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module holds this parameter itself."""
+    return module.__dict__.get("_parameters", {}).get(name) is not None
+
+
+def _copies(roles: RoleMap | None, *, weights: Sequence[str] = (), biases: Sequence[str] = ()) -> Plan:
+    """Plan to train copies of the weights and biases of the named modules."""
+    from common.tuners import CopiesConfig
+
+    role_of = roles.role_of if roles else {}
+    names = list(dict.fromkeys((*weights, *biases)))
+    config = CopiesConfig(
+        target_modules=exact(names),
+        weight_of=exact(weights) if weights else None,
+        bias_of=exact(biases) if biases else None,
+    )
+    return Plan(peft_config=config, targets={name: role_of.get(name, "other") for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)

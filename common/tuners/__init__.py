@@ -11,16 +11,46 @@ from typing import Any, cast
 
 from peft import mapping
 
-from common.tuners.bitfit import BITFIT, BitFitConfig, BitFitModel
+from common.tuners._base import OwnConfig, OwnTuner
+from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
+from common.tuners.copies import CopiesConfig, CopiesModel
+from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
+from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
-__all__ = ["BITFIT", "BitFitConfig", "BitFitModel"]
+__all__ = [
+    "OWN",
+    "ConvAdapterConfig",
+    "ConvAdapterModel",
+    "CopiesConfig",
+    "CopiesModel",
+    "OwnConfig",
+    "ScaleShiftConfig",
+    "ScaleShiftModel",
+    "WeightLoraConfig",
+    "WeightLoraModel",
+    "is_own",
+    "matrix_shape",
+]
+
+OWN: dict[type[OwnConfig], type[OwnTuner]] = {
+    ConvAdapterConfig: ConvAdapterModel,
+    CopiesConfig: CopiesModel,
+    ScaleShiftConfig: ScaleShiftModel,
+    WeightLoraConfig: WeightLoraModel,
+}
 
 
-def _register(name: str, config: type[Any], model: type[Any]) -> None:
-    key = cast("Any", name)
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = config
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = model
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[key] = model.prefix
+def is_own(peft_type: object) -> bool:
+    """Whether plain `peft` knows this type of tuner only once `common.tuners` is imported."""
+    return peft_type in {config.own_type for config in OWN}
 
 
-_register(BITFIT, BitFitConfig, BitFitModel)
+def _register() -> None:
+    for config, model in OWN.items():
+        key = cast("Any", config.own_type)
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = config
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = cast("Any", model)
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING[key] = model.prefix
+
+
+_register()

@@ -28,14 +28,14 @@ class Net(nn.Module):
 
 def test_every_module_of_the_toy_has_its_role():
     roles = resolve(toy_backbone(depth=3), FAMILY)
-    expected = {"embed": "stem", "norm": "norm", "input_norm": None}
+    expected = {"embed": "stem", "mix": "stem", "norm": "norm", "input_norm": None}
     for block in range(3):
         expected |= {f"blocks.{block}.{name}": role for name, role in _BLOCK.items()}
     expected["input_norm"] = "norm"
     assert dict(roles.role_of) == expected
     assert list(roles.role_of) == [name for name, _ in toy_backbone(depth=3).named_modules() if name in expected]
     assert roles.count() == {
-        "stem": 1,
+        "stem": 2,
         "attention_qkv": 3,
         "attention_out": 3,
         "ffn_in": 3,

@@ -178,7 +178,7 @@ def test_layer_decay_lowers_the_rate_towards_the_input(method, settings):
             expected = 3.0
         elif plain.startswith("blocks."):
             expected = 0.5 ** (2 - int(plain.split(".")[1]))
-        elif plain.startswith("embed."):
+        elif plain.startswith(("embed.", "mix.")):
             expected = 0.5**3
         elif plain.startswith("input_norm."):
             continue  # a norm says nothing of where it stands

@@ -32,6 +32,7 @@ COMMANDS = (
     ["list"],
     ["list", "methods"],
     ["list", "data"],
+    ["list", "baselines"],
     ["list", "checkpoints"],
     ["list", "recipes"],
     ["show", "LoRA"],

@@ -5,6 +5,7 @@ A test of the second kind fails when the library is mended: then the detour it n
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -21,12 +22,13 @@ from peft import (
 )
 from peft.utils import PeftType
 from peft.utils.peft_types import register_peft_method
+from timm.layers import StdConv2d
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.methods._base import exact
-from common.tuners import BITFIT, BitFitConfig, BitFitModel
-from common.tuners.bitfit import BitFitLayer
+from common.tuners import OWN, CopiesConfig, CopiesModel
+from common.tuners.copies import COPIES, CopiesLayer
 from tests.toy import toy_backbone
 
 
@@ -47,38 +49,40 @@ def run(model):
 # ---- assumptions: a type of tuner that is a plain string -------------------------------------------------------------
 
 
-def bitfit(names=("embed", "blocks.0.fc1")):
-    return BitFitConfig(target_modules=exact(list(names)))
+def copies(names=("embed", "blocks.0.fc1")):
+    pattern = exact(list(names))
+    return CopiesConfig(target_modules=pattern, bias_of=pattern)
 
 
 def shifted(model, adapter="default", by=1.0):
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, BitFitLayer):
-                module.bitfit_bias[adapter] += by
+            if isinstance(module, CopiesLayer):
+                module.copied_bias[adapter] += by
     return model
 
 
 def test_a_string_type_is_registered_in_the_three_mappings():
-    assert BITFIT not in PeftType.__members__
-    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[BITFIT] is BitFitConfig
-    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[BITFIT] is BitFitModel
-    assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[BITFIT] == BitFitModel.prefix
+    for config, model in OWN.items():
+        assert config.own_type not in PeftType.__members__
+        assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[config.own_type] is config
+        assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[config.own_type] is model
+        assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[config.own_type] == model.prefix
 
 
 def test_a_string_type_wraps_saves_and_loads(tmp_path):
-    model = shifted(get_peft_model(toy_backbone(), bitfit()))
+    model = shifted(get_peft_model(toy_backbone(), copies()))
     assert adapted(model) == {"embed", "blocks.0.fc1"}
     assert len(get_peft_model_state_dict(model)) == 2
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(toy_backbone(), str(tmp_path))
-    assert loaded.peft_config["default"].peft_type == BITFIT
+    assert loaded.peft_config["default"].peft_type == COPIES
     assert torch.equal(run(loaded), run(model))
     assert not torch.equal(run(loaded), run(toy_backbone()))
 
 
 def test_a_string_type_can_be_disabled_and_merged():
-    model = shifted(get_peft_model(toy_backbone(), bitfit()))
+    model = shifted(get_peft_model(toy_backbone(), copies()))
     expected, bare = run(model), run(toy_backbone().requires_grad_(False))
     with model.disable_adapter():
         assert torch.equal(run(model), bare)
@@ -88,9 +92,9 @@ def test_a_string_type_can_be_disabled_and_merged():
 
 
 def test_a_string_type_takes_several_adapters(tmp_path):
-    model = shifted(get_peft_model(toy_backbone(), bitfit()))
+    model = shifted(get_peft_model(toy_backbone(), copies()))
     first = run(model)
-    model.add_adapter("second", bitfit())
+    model.add_adapter("second", copies())
     shifted(model, "second", 2.0)
     model.set_adapter("second")
     second = run(model)
@@ -106,7 +110,7 @@ def test_a_string_type_takes_several_adapters(tmp_path):
 
 
 def test_a_string_type_is_injected_in_place():
-    model = inject_adapter_in_model(bitfit(), toy_backbone())
+    model = inject_adapter_in_model(copies(), toy_backbone())
     assert adapted(model) == {"embed", "blocks.0.fc1"}
     assert type(model) is type(toy_backbone())
 
@@ -114,13 +118,13 @@ def test_a_string_type_is_injected_in_place():
 def test_public_registration_still_refuses_new_names():
     """When it takes them, `common/tuners/__init__.py` can use it."""
     with pytest.raises(ValueError, match="Unknown PEFT type"):
-        register_peft_method(name="graft_test", config_cls=BitFitConfig, model_cls=BitFitModel, prefix="bitfit_")
+        register_peft_method(name="graft_test", config_cls=CopiesConfig, model_cls=CopiesModel, prefix="copied_")
 
 
 # ---- assumptions: targets ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [LoraConfig, IA3Config, LNTuningConfig, BitFitConfig])
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, LNTuningConfig, CopiesConfig])
 def test_a_pattern_matches_in_full(config):
     names = ["blocks.0.fc1", "norm"]
     if config is IA3Config:
@@ -129,6 +133,8 @@ def test_a_pattern_matches_in_full(config):
     elif config is LoraConfig:
         names = ["blocks.0.fc1", "embed"]
         made = config(target_modules=exact(names))
+    elif config is CopiesConfig:
+        made = copies(names)
     else:
         made = config(target_modules=exact(names))
     assert adapted(get_peft_model(toy_backbone(), made)) == set(names)
@@ -183,25 +189,137 @@ def test_defect_merge_and_unload_needs_a_weight():
         model.merge_and_unload()
 
 
-def test_defect_lora_drops_the_dilation_of_a_convolution():
-    """Detour: `common.methods.reparameterised._refuse_convolution_the_engine_gets_wrong`."""
-    net = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2, padding=2))
-    model = get_peft_model(net, LoraConfig(target_modules=exact(["0"]), r=2))
-    down = model.base_model.model[0].lora_A["default"]
-    assert down.dilation == (1,)
+# The detour around all of LoRA's defects on convolutions: `common.methods.reparameterised._what_the_engine_gets_wrong`,
+# which hands such layers to `common.tuners.weight_lora`.
+
+
+def lora(layer, **settings):
+    """PEFT's LoRA on one layer, with random factors."""
+    config = LoraConfig(target_modules=exact(["0"]), r=2, lora_alpha=4, init_lora_weights=False, **settings)
+    return get_peft_model(nn.Sequential(layer), config).eval()
+
+
+def unmerged_and_merged(model, x):
+    with torch.no_grad():
+        before = model(x)
+        model.merge_adapter()
+        return before, model(x)
+
+
+RIGHT = {
+    "Conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "Conv1d pointwise": (nn.Conv1d(4, 6, 1), (2, 4, 9)),
+    "Conv2d": (nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 5, 5)),
+    "Conv2d pointwise": (nn.Conv2d(4, 6, 1, bias=False), (2, 4, 5, 5)),
+    "Conv2d line": (nn.Conv2d(4, 6, (1, 3)), (2, 4, 5, 5)),
+    "Conv3d": (nn.Conv3d(4, 6, 3, padding=1, stride=2), (2, 4, 5, 5, 5)),
+    "Conv3d lines": (nn.Conv3d(4, 6, (3, 1, 1)), (2, 4, 3, 3, 3)),
+    "Conv3d plane": (nn.Conv3d(4, 6, (1, 3, 3)), (2, 4, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_is_right_on_plain_convolutions_merged_too(kind, dora):
+    layer, shape = RIGHT[kind]
+    bare = copy.deepcopy(layer)
+    model = lora(copy.deepcopy(layer), use_dora=dora)
+    adapted = model.base_model.model[0]
+    a, b = adapted.lora_A["default"].weight.flatten(1), adapted.lora_B["default"].weight.flatten(1)
+    changed = bare.weight + 2.0 * (b @ a).view_as(bare.weight)
+    if dora:
+        norm = changed.flatten(1).norm(dim=1).view(-1, *(1,) * (changed.ndim - 1))
+        changed = adapted.lora_magnitude_vector["default"].weight.view_as(norm) * changed / norm
+    x = torch.randn(shape)
+    expected = torch.func.functional_call(bare, {"weight": changed}, (x,))
+    for output in unmerged_and_merged(model, x):
+        torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_defect_lora_drops_the_dilation_of_a_convolution(dora):
+    model = lora(nn.Conv1d(4, 4, 3, dilation=2, padding=2), use_dora=dora)
+    assert model.base_model.model[0].lora_A["default"].dilation == (1,)
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(torch.randn(1, 4, 9))
 
 
-def test_defect_lora_drops_the_padding_mode_of_a_convolution():
-    """Detour: the same."""
-    net = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"))
-    model = get_peft_model(net, LoraConfig(target_modules=exact(["0"]), r=2, init_lora_weights=False)).eval()
-    x = torch.randn(1, 4, 5, 5)
-    unmerged = model(x)
+@pytest.mark.parametrize("dora", [False, True])
+def test_defect_lora_drops_the_padding_mode_of_a_convolution(dora):
+    model = lora(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), use_dora=dora)
     assert model.base_model.model[0].lora_A["default"].padding_mode == "zeros"
-    model.merge_adapter()
-    assert not torch.allclose(model(x), unmerged, atol=1e-3)  # merged, the change is padded as the layer is
+    before, after = unmerged_and_merged(model, torch.randn(1, 4, 5, 5))
+    assert not torch.allclose(after, before, atol=1e-3)  # merged, the change is padded as the layer is
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 1, 3)])
+def test_defect_lora_cannot_merge_a_kernel_that_begins_with_ones(kernel, dora):
+    """It takes every weight whose third and fourth side are one for a pointwise 2D kernel."""
+    model = lora(nn.Conv3d(4, 6, kernel), use_dora=dora)
+    assert model(torch.randn(1, 4, 3, 3, 3)).shape[1] == 6
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_defect_lora_cannot_merge_grouped_convolutions(dora):
+    model = lora(nn.Conv2d(4, 8, 3, groups=2), use_dora=dora)
+    with pytest.raises(NotImplementedError, match="groups > 1"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="rank is divisible by groups"):
+        lora(nn.Conv2d(4, 8, 3, groups=4))
+
+
+@pytest.mark.parametrize("layer", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config])
+def test_defect_transposed_convolutions_are_refused(layer, config):
+    """IA3's detour: `common.methods.additive.IA3.plan`."""
+    extra = {"feedforward_modules": []} if config is IA3Config else {}
+    with pytest.raises(ValueError, match="is not supported"):
+        get_peft_model(nn.Sequential(layer(4, 4, 2)), config(target_modules=exact(["0"]), **extra))
+
+
+def test_defect_ia3_refuses_conv1d():
+    """Detour: `common.methods.additive.IA3.plan`."""
+    with pytest.raises(ValueError, match="is not supported"):
+        get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 2)), IA3Config(target_modules="0", feedforward_modules=[]))
+
+
+def test_defect_lora_takes_a_convolution_of_a_class_of_its_own_for_a_plain_one():
+    """A layer that standardises its weight would also standardise A, and what is merged into the raw weight."""
+    model = lora(StdConv2d(4, 4, 3))
+    assert isinstance(model.base_model.model[0].lora_A["default"], StdConv2d)
+    before, after = unmerged_and_merged(model, torch.randn(1, 4, 5, 5))
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_defect_a_rank_pattern_matches_by_suffix():
+    """Detour: `common.methods.reparameterised.LoRA._engine_config` begins each pattern with a caret."""
+
+    def ranks(pattern):
+        net = nn.ModuleDict({"proj": nn.Linear(4, 4), "stem": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
+        config = LoraConfig(
+            target_modules=r"proj|stem\.proj", r=3, rank_pattern={pattern: 1}, alpha_pattern={pattern: 1}
+        )
+        model = get_peft_model(net, config).base_model.model
+        return model["proj"].r["default"], model["stem"]["proj"].r["default"]
+
+    assert ranks("proj") == (1, 1)
+    assert ranks("^proj") == (1, 3)
+
+
+def test_defect_rslora_with_ranks_by_layer_cannot_be_converted(tmp_path):
+    """Detour: `common.methods.reparameterised.LoRA._engine_config` refuses the three together."""
+    config = LoraConfig(target_modules="0", r=3, use_rslora=True, init_lora_weights="pissa", rank_pattern={"0": 2})
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    model.save_pretrained(tmp_path / "start", save_embedding_layers=False)
+    with pytest.raises(ValueError, match="rank_pattern"):
+        model.save_pretrained(
+            tmp_path / "out",
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=str(tmp_path / "start"),
+        )
 
 
 def test_defect_missing_keys_only_warn(tmp_path):

@@ -123,7 +123,11 @@ SPECS = {
     "LoRA": METHODS["LoRA"](rank=2),
     "VeRA": METHODS["VeRA"](rank=4),
 }
-REFUSED = {("VeRA", key): r"VeRA cannot act on .* \(Conv2d, role conv\).* it takes Linear\." for key in CNNS}
+REFUSED = {("VeRA", key): r"VeRA cannot act on .* \(Conv2d, role conv\).* it takes Linear\." for key in CNNS} | {
+    ("ConvAdapter", key): r"Role 'conv' matches no module of this (vit|swin) backbone"
+    for key in NETS
+    if key not in CNNS
+}
 
 
 @pytest.mark.parametrize("method", list(SPECS))
@@ -143,13 +147,15 @@ def test_every_method_works_on_every_family_or_says_why_not(key, method):
     probe(attached, lambda: tokens(attached.model, batch))
 
 
-def test_lora_is_refused_where_padding_depends_on_the_input():
+def test_lora_takes_grafts_own_tuner_where_padding_depends_on_the_input():
     with torch.device("meta"):
         model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     family = FAMILIES[type(model).__name__]
-    with pytest.raises(GraftError, match=r"LoRA on 'conv_stem' is refused: .* padding computed from the input"):
-        LoRA(on=["stem"]).plan(model, resolve(model, family))
-    assert len(LoRA(on=["all"]).plan(model, resolve(model, family)).targets) == 32
+    stem, rest = (LoRA(on=[role]).plan(model, resolve(model, family)) for role in ("stem", "all"))
+    assert "Graft's own tuner" in stem.notes[0]
+    assert "conv_stem (class Conv2dSame)" in stem.notes[0]
+    assert rest.notes[0] == "LoRA runs in PEFT's own tuner."
+    assert len(rest.targets) == 32
 
 
 @pytest.mark.parametrize("key", list(NETS))

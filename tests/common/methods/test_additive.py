@@ -1,4 +1,4 @@
-"""IA3 against its formula."""
+"""IA3, SSF and ConvAdapter: what they take, and their formulas through the spec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from common.attach import attach
 from common.errors import GraftError
-from common.methods import IA3
+from common.methods import IA3, SSF, ConvAdapter
 from tests.toy import FAMILY, toy_backbone
 
 
@@ -45,7 +45,79 @@ def test_convolutions_are_scaled_by_channel():
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(3, 3), nn.Conv1d(3, 3, 1), nn.LayerNorm(3)])
-def test_layers_of_other_types_are_refused(layer):
-    with pytest.raises(GraftError, match=rf"IA3 cannot act on '0' \({type(layer).__name__}.*Linear, Conv2d, Conv3d"):
-        attach(nn.Sequential(layer), IA3(target_modules=["0"]), None)
+def test_ia3_takes_layers_that_the_engine_lacks():
+    """The same scales, in Graft's own tuner, where one target is a convolution that PEFT refuses."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.ConvTranspose2d(4, 5, 2, stride=2))
+    x = torch.randn(2, 3, 4, 4)
+    middle, expected = net[0](x), net(x)
+    result = attach(net, IA3(target_modules=["0", "1"]), None)
+    assert result.plan.notes == (
+        "IA3 runs in Graft's own tuner, since PEFT's cannot do 1 of 2 layers: 1 (ConvTranspose2d).",
+    )
+    torch.testing.assert_close(result.model(x), expected)
+    first, second = (result.model.get_submodule(f"base_model.model.{i}").sshift_scale["default"] for i in (0, 1))
+    with torch.no_grad():
+        first.normal_()
+        second.normal_()
+        expected = second[:, None, None] * net[1].base_layer(first[:, None, None] * middle)
+    torch.testing.assert_close(result.model(x), expected)
+
+
+def test_ia3_scales_the_second_feed_forward_layer_at_its_input_in_either_tuner():
+    for on in (["ffn"], ["ffn", "stem"]):
+        bare = toy_backbone()
+        model = attach(toy_backbone(), IA3(on=on), FAMILY).model
+        layer = model.get_submodule("base_model.model.blocks.0.fc2")
+        scale = layer.ia3_l["default"] if on == ["ffn"] else layer.sshift_scale["default"]
+        with torch.no_grad():
+            scale.normal_()
+        x = torch.randn(2, 3, bare.blocks[0].fc2.in_features)
+        torch.testing.assert_close(layer(x), bare.blocks[0].fc2(scale.flatten() * x))
+
+
+def test_ssf_takes_weights_and_norms_and_shifts_where_there_is_a_bias():
+    targets = attach(toy_backbone(), SSF(), FAMILY).plan.targets
+    assert set(targets.values()) == {"attention_qkv", "attention_out", "ffn_in", "ffn_out", "norm"}
+    net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+    bare = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3)).eval()
+    bare.load_state_dict(net.state_dict())
+    model = attach(net, SSF(target_modules=["0", "1"]), None).model.eval()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    names = ["0.sshift_scale", "1.sshift_scale", "1.sshift_shift"]
+    assert sorted(trained) == [f"base_model.model.{name}.default" for name in names]
+    first, scale, shift = (trained[name] for name in sorted(trained))
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_()
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(model(x), scale * bare[1](first * bare[0](x)) + shift)
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"),
+    [
+        (IA3, nn.Embedding(3, 3)),
+        (IA3, nn.LayerNorm(3)),
+        (SSF, nn.Embedding(3, 3)),
+        (SSF, nn.PReLU()),
+        (ConvAdapter, nn.Linear(3, 3)),
+        (ConvAdapter, nn.LayerNorm(3)),
+    ],
+)
+def test_layers_of_other_types_are_refused(method, layer):
+    words = rf"{method.__name__} cannot act on '0' \({type(layer).__name__}, role custom\); it takes .*Conv3d"
+    with pytest.raises(GraftError, match=words):
+        attach(nn.Sequential(layer), method(target_modules=["0"]), None)
+
+
+def test_a_reduction_out_of_range_is_refused():
+    with pytest.raises(GraftError, match="ConvAdapter reduction is 0"):
+        attach(nn.Sequential(nn.Conv2d(3, 3, 1)), ConvAdapter(target_modules=["0"], reduction=0), None)
+    with pytest.raises(GraftError, match="Role 'conv' matches no module of this toy backbone"):
+        attach(toy_backbone(), ConvAdapter(), FAMILY)
+
+
+def test_a_convolution_that_computes_its_weight_is_the_users_error():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)))
+    with pytest.raises(GraftError, match=r"does not fit Sequential.*computed at each call"):
+        attach(net, SSF(target_modules=["0"]), None)

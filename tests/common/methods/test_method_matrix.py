@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from common.attach import attach, probe, state_digest
+from common.errors import GraftError
 from common.exchange import merged_backbone
 from common.methods import METHODS, MethodSpec
 from common.roles import NORMS
@@ -27,9 +28,12 @@ SPECS: dict[str, MethodSpec] = {name: spec_of(name) for name in METHODS} | {
     "LoRA-norms-by-name": spec_of("LoRA", target_modules=["blocks.1.fc1", "embed"]),
     "VeRA-ffn": spec_of("VeRA", on=["ffn"]),
     "IA3-ffn": spec_of("IA3", on=["ffn"]),
+    "SSF-one-role": spec_of("SSF", on=["norm"]),
+    "ConvAdapter-wide": spec_of("ConvAdapter", reduction=1),
     "BitFit-no-norms": spec_of("BitFit", norms=False),
     "LastBlocks-2": spec_of("LastBlocks", k=2),
 }
+NOT_MERGEABLE = {"ConvAdapter", "ConvAdapter-wide"}
 MOVES_WEIGHT = {"LoRA-pissa", "LoRA-olora"}  # they move a part of the frozen weight into the adapter
 EACH = pytest.mark.parametrize("name", SPECS)
 
@@ -139,6 +143,11 @@ FORMULAS = {
     "NormTuning": lambda spec, model, targets: sum(
         2 * module.weight.numel() for module in model.modules() if isinstance(module, NORMS)
     ),
+    "NormBias": lambda spec, model, targets: sum(
+        module.bias.numel() + (module.weight.numel() if isinstance(module, NORMS) else 0)
+        for module in model.modules()
+        if getattr(module, "bias", None) is not None
+    ),
     "LastBlocks": lambda spec, model, targets: sum(p.numel() for p in model.blocks[-spec.k :].parameters()),
     "LoRA": lora,
     "VeRA": lambda spec, model, targets: sum(spec.rank + o for _, o in linear_shapes(model, targets)),
@@ -146,6 +155,9 @@ FORMULAS = {
         i if role == "ffn_out" else o
         for (i, o), role in zip(linear_shapes(model, targets), targets.values(), strict=True)
     ),
+    "SSF": lambda spec, model, targets: sum(2 * model.get_submodule(name).bias.numel() for name in targets),
+    # `mix` has 8 inputs, 8 outputs and 3 positions; the bottleneck is 2 wide in two groups, or 8 wide in eight
+    "ConvAdapter": lambda spec, model, targets: {4: 2 * 4 * 3 + 8 * 2 + 8, 1: 8 * 1 * 3 + 8 * 8 + 8}[spec.reduction],
 }
 
 
@@ -202,6 +214,10 @@ def test_a_merged_backbone_is_plain_and_computes_the_same(name):
         train(task.backbone, parameters)
     task.eval()
     expected = run(task.backbone)
+    if name in NOT_MERGEABLE:
+        with pytest.raises(GraftError, match=r"ConvAdapter cannot be merged on toy: .*run beside the layers"):
+            merged_backbone(task)
+        return
     merged = merged_backbone(task).eval()
     torch.testing.assert_close(run(merged), expected, atol=1e-4, rtol=1e-4)
     assert merged.state_dict().keys() == toy_backbone().state_dict().keys()
@@ -218,7 +234,7 @@ def test_the_seed_alone_decides_the_start(name):
     assert state_digest(first.model) == state_digest(again.model)
     torch.manual_seed(11)
     assert torch.equal(torch.get_rng_state(), state)  # attaching draws nothing from the global state
-    random_start = type(SPECS[name]).__name__ == "LoRA" and name not in MOVES_WEIGHT
+    random_start = type(SPECS[name]).__name__ in ("LoRA", "ConvAdapter") and name not in MOVES_WEIGHT
     assert (state_digest(first.model) != state_digest(other.model)) == random_start
 
 
@@ -254,7 +270,6 @@ def test_a_copy_of_the_model_works(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_an_architecture_without_a_family(name):
     """Methods that need no roles run on any module; the others say what to give instead."""
-    from common.errors import GraftError
 
     def build():
         with torch.random.fork_rng():
@@ -262,6 +277,10 @@ def test_an_architecture_without_a_family(name):
             return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
 
     spec = SPECS[name]
+    if name == "ConvAdapter":
+        with pytest.raises(GraftError, match=r"\['mix'\] do not exist"):
+            attach(build(), spec, None)
+        return
     if name == "LastBlocks":
         with pytest.raises(GraftError, match="has 0 blocks"):
             attach(build(), spec, None)

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.attach import attach
 from common.errors import GraftError
-from common.methods import BitFit, FullFineTune, LastBlocks, LinearProbe, NormTuning
+from common.methods import BitFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
 from tests.toy import FAMILY, toy_backbone
 
 
@@ -24,7 +24,7 @@ def test_bitfit_takes_every_bias():
 
 def test_bitfit_without_norms_leaves_the_norms_biases():
     bare = toy_backbone()
-    expected = {name for name, module in bare.named_modules() if isinstance(module, nn.Linear)}
+    expected = {name for name, module in bare.named_modules() if isinstance(module, (nn.Linear, nn.Conv1d))}
     assert set(adapted(BitFit(norms=False)).plan.targets) == expected
 
 
@@ -33,6 +33,25 @@ def test_bitfit_passes_over_layers_without_a_bias():
     assert set(adapted(BitFit(), net, None).plan.targets) == {"1"}
     with pytest.raises(GraftError, match="BitFit finds no bias in Linear"):
         adapted(BitFit(), nn.Linear(3, 3, bias=False), None)
+
+
+def test_norm_bias_takes_norms_biases_and_slopes():
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 1, bias=False),
+        nn.InstanceNorm2d(3, affine=True),
+        nn.PReLU(3),
+        nn.ConvTranspose2d(3, 2, 1),
+        nn.RMSNorm(2),
+        nn.GroupNorm(1, 2, affine=False),
+        nn.ReLU(),
+    )
+    result = adapted(NormBias(), net, None)
+    assert set(result.plan.targets) == {"1", "2", "3", "4"}
+    trained = {n.removeprefix("base_model.model.") for n, p in result.model.named_parameters() if p.requires_grad}
+    expected = {"1.copied_weight", "1.copied_bias", "2.copied_weight", "3.copied_bias", "4.copied_weight"}
+    assert trained == {f"{name}.default" for name in expected}
+    with pytest.raises(GraftError, match="NormBias finds no norm, bias or slope to train in Linear"):
+        adapted(NormBias(), nn.Linear(3, 3, bias=False), None)
 
 
 def test_norm_tuning_takes_every_norm_with_parameters():
