@@ -28,6 +28,9 @@ def _convolution_backward(grad: list[int], x: list[int], weight: list[int], *arg
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=transposed)
 
 
+# At most this many step times are kept, evenly spread over the run: their median needs no more.
+_TIMES = 1024
+
 # What torch's table of formulas lacks (the attention kernel of a CPU) or gets wrong (grouped convolutions).
 _FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: sdpa_flop_count(*args[:3]),
@@ -118,7 +121,9 @@ class CostMeter(L.Callback):
     def __init__(self) -> None:
         self.step: dict[str, Any] = {}
         self.fit_seconds = 0.0
-        self._durations: list[float] = []
+        self._durations: list[float] = []  # of every `_stride`-th step
+        self._timed = 0
+        self._stride = 1
         self._fit_start = 0.0
         self._batch_start = 0.0
 
@@ -145,9 +150,17 @@ class CostMeter(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Note the step's duration, and the optimizer's size once it has state."""
-        self._durations.append(time.perf_counter() - self._batch_start)
+        self._note(time.perf_counter() - self._batch_start)
         if "optimizer" not in self.step and trainer.global_step > 0:
             self.step["optimizer"] = optimizer_bytes(trainer.optimizers)
+
+    def _note(self, seconds: float) -> None:
+        """Keep a step's duration; where there are too many, keep every second one from here on."""
+        if self._timed % self._stride == 0:
+            self._durations.append(seconds)
+        self._timed += 1
+        if len(self._durations) > _TIMES:
+            self._durations, self._stride = self._durations[::2], 2 * self._stride
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
@@ -156,12 +169,14 @@ class CostMeter(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured so far."""
         running = time.perf_counter() - self._fit_start if self._fit_start else 0.0
-        return {"step": self.step, "fit_seconds": self.fit_seconds + running, "durations": self._durations}
+        times = {"durations": [*self._durations], "timed": self._timed, "stride": self._stride}
+        return {"step": self.step, "fit_seconds": self.fit_seconds + running, **times}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what an interrupted run had measured."""
         self.step, self.fit_seconds = state_dict["step"], state_dict["fit_seconds"]
-        self._durations = state_dict["durations"]
+        self._durations, self._timed = state_dict["durations"], state_dict["timed"]
+        self._stride = state_dict["stride"]
 
     def report(self, trainer: L.Trainer, module: nn.Module) -> dict[str, Any]:
         """Return the step's cost: memory parts, FLOPs, median seconds, and the CUDA peak where there is CUDA.

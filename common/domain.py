@@ -22,7 +22,11 @@ class Domain:
         tasks: Public class name to `package.module` of its Lightning modules (subclasses of `AdaptedTask`).
         data: Public class name to `package.module` of its datamodules.
         predict: `package.module:function` that runs an exported adapter on the user's files; it is called with the
-            loaded task, the files, the CSV to write and `skip_bad`, and returns a line that sums up.
+            loaded task, the files, `out` (the CSV or folder to write, where the user names one) and `skip_bad`, and
+            returns a line that sums up.
+        baselines: Public name to `package.module:function` of its predictors that are not trained. The function is
+            called with the task (its facts known, nothing else built) and the set-up datamodule, and returns a
+            predictor: a function of a batch that returns what the task's `infer` would.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Domain:
     tasks: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     predict: str = ""
+    baselines: Mapping[str, str] = field(default_factory=dict)
 
     def load_task(self, name: str) -> type[Any]:
         """Import one of the domain's tasks by its public name.
@@ -54,8 +59,25 @@ class Domain:
         """
         if not self.predict:
             raise GraftError(f"Domain '{self.name}' has no predict. Use the Python API.")
-        module, _, function = self.predict.partition(":")
-        return getattr(importlib.import_module(module), function)
+        return _function(self.predict)
+
+    def load_baseline(self, name: str) -> Callable[..., Any]:
+        """Import one of the domain's baselines by its public name.
+
+        Raises:
+            GraftError: The domain has no such baseline.
+        """
+        if not self.baselines:
+            raise GraftError(f"Domain '{self.name}' has no baselines. `graft list baselines` names those of others.")
+        if name not in self.baselines:
+            raise unknown(f"baseline of domain {self.name}", name, self.baselines)
+        return _function(self.baselines[name])
+
+
+def _function(place: str) -> Callable[..., Any]:
+    """Import a function that is given as `package.module:function`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def with_plugins(builtin: Mapping[str, Domain]) -> dict[str, Domain]:

@@ -1,29 +1,38 @@
-"""One run in one folder: fit, resume, test, and the record that both leave behind."""
+"""One run in one folder: fit, resume, test or a baseline, and the record that all leave behind."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
-from common import __version__
-from common.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint, read_checkpoint, read_finished, write_atomically
+from common._record import (
+    METRICS,
+    NO_COST,
+    cost_of,
+    holds_run,
+    make_folder,
+    metrics_of,
+    read_record,
+    read_trained,
+    record_of,
+    trainer_settings,
+    write_config,
+    write_json,
+    write_predictions,
+)
+from common.checkpoint import LAST, AtomicCheckpointIO, LastCheckpoint, differences, read_checkpoint, read_finished
 from common.cost import CostMeter
 from common.errors import GraftError
-from common.exchange import adapter_bytes
 from common.progress import progress_callbacks
 from common.task import AdaptedTask
-
-METRICS = "metrics.json"
-CONFIG = "config.yaml"
-PREDICTIONS = "predictions.jsonl"
 
 
 def fast_precision() -> str:
@@ -87,35 +96,96 @@ def fit(
         The content of `metrics.json`.
 
     Raises:
-        GraftError: The folder holds a run already and `resume` is false, or it cannot be written.
+        GraftError: The folder holds a run already and `resume` is false, or a baseline, or another trainer's run; or
+            it cannot be written.
     """
     folder = Path(run)
     last = folder / LAST
-    if not resume and (last.exists() or (folder / METRICS).exists()):
+    if not resume and holds_run(folder):
         raise GraftError(
             f"{folder} already holds a run. Add --resume to go on with it, or choose another --run folder."
         )
+    if (folder / METRICS).exists():
+        read_trained(folder)
     make_folder(folder)
     start = last if resume and last.exists() else None
     begun = read_checkpoint(start)["global_step"] if start else -1  # a damaged file is refused before anything is built
     if config is not None and start is None:
-        _write_config(folder, config)
+        write_config(folder, config)
     meter, validation = CostMeter(), _LastValidation()
-    trainer = build_trainer(folder, LastCheckpoint(folder, save_every), meter, validation, **trainer_options)
+    callbacks = (LastCheckpoint(folder, save_every), _SameTrainer(), meter, validation)
+    trainer = build_trainer(folder, *callbacks, **trainer_options)
     trainer.fit(task, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     if config is not None and start is not None:
-        _write_config(folder, config)  # only now is it known to be this run's
+        write_config(folder, config)  # only now is it known to be this run's
     if trainer.global_step == begun and (folder / METRICS).exists():
         record = read_record(folder)
         if record["cost"]["steps"] == begun:  # the run was finished already
             return record
     if trainer.enable_validation and validation.step != trainer.global_step:
         trainer.validate(task, datamodule=data, verbose=False)
-    values = trainer.callback_metrics
-    record = _record(task, data, trainer, meter, recipe)
-    record["val"] = {key.removeprefix("val/"): _number(v) for key, v in values.items() if key.startswith("val/")}
+    record = record_of(task, data, trainer, recipe, cost_of(task, trainer, meter))
+    record["val"] = metrics_of(trainer, "val")
+    write_json(folder / METRICS, record)
+    return record
+
+
+def baseline(
+    task: AdaptedTask,
+    data: L.LightningDataModule,
+    run: str | Path,
+    name: str,
+    function: Callable[[Any, Any], Callable[[Any], Tensor]],
+    *,
+    config: str | None = None,
+    recipe: str = "",
+    **trainer_options: Any,  # noqa: ANN401
+) -> dict[str, Any]:
+    """Evaluate a predictor that is not trained as a task's runs are evaluated; leave `metrics.json` and predictions.
+
+    The record is that of a fit and its test in one: the task's metrics on both splits (without a loss, since a
+    predictor need not give what the loss takes), no trained parameter, and no cost but time.
+
+    Args:
+        task: The task; of it nothing is built but what `function` builds.
+        data: Its datamodule.
+        run: The run's folder.
+        name: The baseline's name, which stands in the record where a method's does.
+        function: Makes the predictor out of the task, whose `facts` are known, and the set-up datamodule. The
+            predictor returns for a batch of the evaluation loaders what `task.infer` would.
+        config: The complete configuration as YAML, kept beside the results.
+        recipe: Path of the recipe, for the record.
+        **trainer_options: Arguments of `lightning.Trainer` (`accelerator`, `devices`, `precision`).
+
+    Returns:
+        The content of `metrics.json`, which is written last: a folder without it holds nothing yet.
+
+    Raises:
+        GraftError: The folder holds a run already, or cannot be written.
+    """
+    folder = Path(run)
+    if holds_run(folder):
+        raise GraftError(f"{folder} already holds a run. Choose another --run folder, or remove that one first.")
+    make_folder(folder)
+    data.prepare_data()
+    data.setup("fit")
+    task.facts = cast("Any", data).facts
+    started = time.perf_counter()
+    predictor = _Predictor(task, function(task, data))
+    collect = _Outputs()
+    trainer = build_trainer(folder, collect, **trainer_options)
+    trainer.validate(predictor, datamodule=data, verbose=False)
+    val = metrics_of(trainer, "val")
+    trainer.test(predictor, datamodule=data, verbose=False)
+    cost = NO_COST | {"fit_seconds": time.perf_counter() - started}
+    described = {"method": {"class_path": name, "init_args": {}}, "baseline": True, "optim": None, "trainer": None}
+    record = record_of(task, data, trainer, recipe, cost) | described
+    record |= {"val": val, "test": metrics_of(trainer, "test")}
+    write_predictions(folder, task.predictions(collect.outputs, data, folder))
+    if config is not None:
+        write_config(folder, config)
     write_json(folder / METRICS, record)
     return record
 
@@ -130,19 +200,16 @@ def test(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **trai
         **trainer_options: Arguments of `lightning.Trainer`.
 
     Raises:
-        GraftError: The run has not finished, or its checkpoint is of another configuration.
+        GraftError: The run has not finished, or its checkpoint is of another configuration; or it is a baseline.
     """
     folder = Path(run)
-    record = read_record(folder)
+    record = read_trained(folder)
     read_finished(folder, record["cost"]["steps"])
     collect = _Outputs()
     trainer = build_trainer(folder, collect, **trainer_options)
     trainer.test(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
-    values = trainer.callback_metrics
-    record["test"] = {key.removeprefix("test/"): _number(v) for key, v in values.items() if key.startswith("test/")}
-    rows = task.predictions(collect.outputs, data, folder)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(folder / PREDICTIONS, lambda file: file.write(lines.encode()))
+    record["test"] = metrics_of(trainer, "test")
+    write_predictions(folder, task.predictions(collect.outputs, data, folder))
     write_json(folder / METRICS, record)
     return record
 
@@ -151,16 +218,64 @@ def validate(task: AdaptedTask, data: L.LightningDataModule, run: str | Path, **
     """Evaluate a finished run's `last.ckpt` on its validation split; writes nothing.
 
     Raises:
-        GraftError: The run has not finished, or its checkpoint is of another configuration.
+        GraftError: The run has not finished, or its checkpoint is of another configuration; or it is a baseline.
     """
     folder = Path(run)
-    record = read_record(folder)
+    record = read_trained(folder)
     read_finished(folder, record["cost"]["steps"])
     trainer = build_trainer(folder, **trainer_options)
     trainer.validate(task, datamodule=data, ckpt_path=str(folder / LAST), weights_only=True, verbose=False)
-    values = trainer.callback_metrics
-    record["val"] = {key.removeprefix("val/"): _number(v) for key, v in values.items() if key.startswith("val/")}
+    record["val"] = metrics_of(trainer, "val")
     return record
+
+
+class _Predictor(L.LightningModule):
+    """Evaluate a predictor as its task is evaluated: the same batches, targets and metrics, but no loss."""
+
+    def __init__(self, task: AdaptedTask, predict: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.task, self.predict = task, predict  # the task moves to the device with this module
+        metrics = task.build_metrics()
+        self.metrics = nn.ModuleDict({stage: metrics.clone(prefix=f"{stage}/") for stage in ("val", "test")})
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Update the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """Update the test metrics and return what the predictions need."""
+        return self.task.keep(self._evaluate(batch, "test"))
+
+    def _evaluate(self, batch: Any, stage: str) -> Tensor:  # noqa: ANN401
+        output = self.predict(batch).to(self.device).float()
+        metrics = cast("MetricCollection", self.metrics[stage])
+        metrics.update(output, self.task.targets(batch))
+        self.log_dict(dict(metrics.items()), on_step=False, on_epoch=True, batch_size=len(batch[0]))
+        return output
+
+
+class _SameTrainer(L.Callback):
+    """Let a run go on only with the trainer's settings that its steps depend on."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Read the settings."""
+        self._settings = trainer_settings(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings, for the checkpoint."""
+        return self._settings
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the settings.
+
+        Raises:
+            GraftError: What differs, by name.
+        """
+        wrong = differences(self._settings, state_dict)
+        if wrong:
+            raise GraftError(
+                f"This run cannot go on with another trainer: {'; '.join(wrong)}. Use the run's own --trainer settings."
+            )
 
 
 class _LastValidation(L.Callback):
@@ -190,90 +305,3 @@ class _Outputs(L.Callback):
     ) -> None:
         """Take the outputs to the CPU."""
         self.outputs.append(outputs.detach().cpu())
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Read a run's `metrics.json`.
-
-    Raises:
-        GraftError: There is none, so the run never finished (or the folder is no run).
-    """
-    path = folder / METRICS
-    if not path.is_file():
-        raise GraftError(
-            f"{folder} has no {METRICS}: not a finished run. Finish it with `graft fit --run {folder} --resume`."
-        )
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def _write_config(folder: Path, config: str) -> None:
-    write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and prove that it can be written, before an hour of training is spent.
-
-    Raises:
-        GraftError: It cannot be made or written.
-    """
-    write_atomically(folder / ".writable", lambda file: file.write(b""))
-    (folder / ".writable").unlink()
-
-
-def _number(value: Any) -> float:  # noqa: ANN401
-    return float(value.item()) if isinstance(value, Tensor) else float(value)
-
-
-def _record(
-    task: AdaptedTask, data: L.LightningDataModule, trainer: L.Trainer, meter: CostMeter, recipe: str
-) -> dict[str, Any]:
-    """Gather everything that a reader of the run needs to trust and repeat it."""
-    attached = task.attached
-    head = sum(p.numel() for p in task.head.parameters())
-    in_backbone = sum(p.numel() for p in task.backbone.parameters() if p.requires_grad)
-    total = attached.base_params + head
-    name, mode = task.primary
-    cost = {
-        "params_total": total,
-        "params_trainable": in_backbone + head,
-        "params_trainable_backbone": in_backbone,
-        "params_trainable_head": head,
-        "trainable_percent": 100.0 * (in_backbone + head) / total,
-        "params_by_role": {r: {"total": t, "trainable": n} for r, (t, n) in attached.params_by_role.items()},
-        **meter.report(trainer, task),
-        **adapter_bytes(task),
-    }
-    return {
-        "schema": 1,
-        "recipe": recipe,
-        "domain": task.domain,
-        "task": type(task).__name__,
-        "backbone": task.backbone_name,
-        "base_digest": attached.base_digest,
-        "settings": task.settings,
-        "facts": task.describe_facts(),
-        "method": task.peft.describe(),
-        "optim": task.identity()["optim"],
-        "seed": task.seed,
-        "primary": {"name": name, "mode": mode},
-        "status": "fitted",
-        "val": {},
-        "test": None,
-        "cost": cost,
-        "data": task.describe_data(data),
-        "environment": {
-            "graft": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": L.__version__,
-            "device": str(trainer.strategy.root_device),
-            "threads": torch.get_num_threads(),
-            "precision": str(trainer.precision),
-        },
-    }

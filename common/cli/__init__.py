@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from common import __version__
 from common.domain import Domain, with_plugins
-from common.errors import GraftError
+from common.errors import GraftError, unknown
 
 TRAINING = {
     "fit": "train a recipe into a run folder",
     "validate": "evaluate a run on its validation split",
     "test": "evaluate a finished run on its test split, and write its predictions",
+    "baseline": "evaluate a predictor that is not trained, on a recipe's data",
 }
 
 
@@ -34,7 +36,7 @@ def run(argv: Sequence[str], builtin: Mapping[str, Domain]) -> int:
             from common.cli import training
 
             return training.run(argv[0], argv[1:], domains)
-        args = _parser().parse_args(argv)
+        args = _parse(argv)
         return args.handler(args, domains)
     except GraftError as error:
         sys.stderr.write(f"graft: {error}\n")
@@ -44,18 +46,30 @@ def run(argv: Sequence[str], builtin: Mapping[str, Domain]) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong, with where to read on."""
+        raise GraftError(f"{message[0].upper()}{message[1:]}. See `{self.prog} --help`.")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
     from common.cli import comparing, doctor, listing, sharing
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="graft",
         description="Parameter-efficient fine-tuning across vision, medical, protein and speech models.",
         epilog="graft fit --help lists everything a recipe can say.",
     )
     parser.add_argument("--version", action="version", version=f"graft {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs: Any = parser.add_subparsers(metavar="VERB")
     for verb, text in TRAINING.items():
         verbs.add_parser(verb, help=text, add_help=False)
     for module in (listing, sharing, comparing, doctor):
         module.add_verbs(verbs)
-    return parser
+    if not argv:
+        raise GraftError(f"Say what to do: {', '.join(verbs.choices)}. `graft --help` explains them.")
+    if not argv[0].startswith("-") and argv[0] not in verbs.choices:
+        raise unknown("verb", argv[0], verbs.choices)
+    return parser.parse_args(argv)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from rich.table import Table
 from common.domain import Domain
 from common.errors import unknown
 
-KINDS = ("methods", "data", "checkpoints", "domains", "recipes")
+KINDS = ("methods", "baselines", "data", "checkpoints", "domains", "recipes")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -47,6 +49,12 @@ def _rows(kind: str, domains: Mapping[str, Domain]) -> tuple[list[str], list[lis
 
         rows = [[n, m.taxonomy, m.summary, m.source] for n, m in METHODS.items()]
         return ["method", "family", "what it trains", "source"], rows
+    if kind == "baselines":
+        return ["baseline", "domain", "what it predicts"], [
+            [name, domain.name, _first_line(place)]
+            for domain in domains.values()
+            for name, place in domain.baselines.items()
+        ]
     if kind in ("data", "checkpoints"):
         from common.artifacts import catalog, is_cached
 
@@ -70,6 +78,18 @@ def _rows(kind: str, domains: Mapping[str, Domain]) -> tuple[list[str], list[lis
     return ["domain", "tasks", "data", "what it is"], [
         [d.name, ", ".join(d.tasks), ", ".join(d.data), d.summary] for d in domains.values()
     ]
+
+
+def _first_line(place: str) -> str:
+    """Read the first line of a function's docstring out of its source; importing it would import torch."""
+    module, _, name = place.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
 
 
 def _purpose(path: Path) -> str:

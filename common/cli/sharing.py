@@ -25,9 +25,13 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("adapter", type=Path, help="a folder that `graft export` wrote")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.set_defaults(handler=_merge)
-    parser = verbs.add_parser("predict", help="run an exported adapter on your own files, into a CSV")
+    parser = verbs.add_parser("predict", help="run an exported adapter on your own files")
     parser.add_argument("--adapter", type=Path, required=True, help="a folder that `graft export` wrote")
-    parser.add_argument("--out", type=Path, default=Path("predictions.csv"), help="the CSV to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the CSV to write, or the folder for label maps (default: predictions.csv, predictions)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count and leave out files that cannot be read")
     parser.add_argument("files", nargs="+", type=Path, help="files or folders")
     parser.set_defaults(handler=_predict)
@@ -47,9 +51,9 @@ def _fetch(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
 
 def _export(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     from common.exchange import export
-    from common.run import read_record
+    from common.run import read_trained
 
-    certificate = export(args.run, args.out, read_record(args.run), domains)
+    certificate = export(args.run, args.out, read_trained(args.run), domains)
     merged = certificate["merge_max_abs_error"]
     merging = f"merges within {merged:.1e}" if merged is not None else f"not mergeable: {certificate['not_mergeable']}"
     console = Console(highlight=False, soft_wrap=True)
@@ -69,6 +73,7 @@ def _predict(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     from common.exchange import load
 
     task = load(args.adapter, domains)
-    summary = domains[task.domain].load_predict()(task, args.files, args.out, skip_bad=args.skip_bad)
+    out = {} if args.out is None else {"out": args.out}
+    summary = domains[task.domain].load_predict()(task, args.files, **out, skip_bad=args.skip_bad)
     Console(highlight=False, soft_wrap=True).print(summary)
     return 0

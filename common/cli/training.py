@@ -1,4 +1,4 @@
-"""`graft fit`, `validate` and `test`: a recipe, read by LightningCLI, run in a folder."""
+"""`graft fit`, `validate`, `test` and `baseline`: a recipe, read by LightningCLI, run in a folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import lightning as L
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
 
 from common import run as runs
+from common._record import CONFIG
 from common._yaml import Loader
 from common.cli._explain import check_recipe, explain, own_error
 from common.domain import Domain
-from common.errors import GraftError
+from common.errors import GraftError, unknown
 from common.methods import MethodSpec
 from common.task import AdaptedTask
 
@@ -94,7 +96,7 @@ class RecipeCLI(LightningCLI):
 
 
 def run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
-    """Run one of the verbs `fit`, `validate`, `test`.
+    """Run one of the verbs `fit`, `validate`, `test`, `baseline`.
 
     Raises:
         GraftError: The recipe, the data or the run cannot be used as asked.
@@ -119,32 +121,69 @@ def _run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
         for domain in domains.values():
             domain.load_all()
         if verb == "fit":
-            resumed = "--resume" in argv and not _given(argv, "--config", "-c")
-            cli = _parse(_saved_arguments(argv) if resumed else argv)
-            folder = cli.config.run or Path("runs") / _recipe(cli).stem
-            options = {"resume": cli.config.resume, "save_every": cli.config.save_every, "recipe": str(_recipe(cli))}
-            record = runs.fit(cli.model, cli.datamodule, folder, config=cli.dump(), **options, **cli.trainer_options)
-            return _report(folder, "val", record)
-        cli = _parse(_saved_arguments(argv))
-        options = {k: v for k, v in cli.trainer_options.items() if k in ("accelerator", "devices", "precision")}
+            return _fit(argv)
+        if verb == "baseline":
+            return _baseline(argv, domains)
+        cli = _parse(verb, _saved_arguments(argv))
         action = runs.test if verb == "test" else runs.validate
-        record = action(cli.model, cli.datamodule, cli.config.run, **options)
+        record = action(cli.model, cli.datamodule, cli.config.run, **_place(cli))
         return _report(cli.config.run, "test" if verb == "test" else "val", record)
 
 
-def _report(folder: Path, stage: str, record: Mapping[str, Any]) -> int:
-    from rich.console import Console
+def _fit(argv: Sequence[str]) -> int:
+    resumed = "--resume" in argv and not _given(argv, "--config", "-c")
+    cli = _parse("fit", _saved_arguments(argv) if resumed else argv)
+    folder = cli.config.run or Path("runs") / _recipe(cli).stem
+    options = {"resume": cli.config.resume, "save_every": cli.config.save_every, "recipe": str(_recipe(cli))}
+    record = runs.fit(cli.model, cli.datamodule, folder, config=cli.dump(), **options, **cli.trainer_options)
+    return _report(folder, "val", record)
 
-    cost = record["cost"]
-    quality = "  ".join(f"{name} {value:.4f}" for name, value in record[stage].items())
+
+def _baseline(argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
+    """Run `graft baseline NAME --config RECIPE`; only a call for help may go without the name."""
+    if argv and argv[0] in ("--help", "-h"):
+        _parse("baseline", argv)
+    if not argv or argv[0].startswith("-"):
+        raise GraftError(
+            "Say which baseline: graft baseline NAME --config RECIPE --run FOLDER. `graft list baselines` names them."
+        )
+    name = argv[0]
+    cli = _parse("baseline", argv[1:])
+    if cli.config.resume:
+        raise GraftError("A baseline runs in one go and cannot be resumed. Leave --resume out.")
+    domain = cli.model.domain
+    if domain not in domains:
+        raise unknown("domain", domain, domains)
+    function = domains[domain].load_baseline(name)
+    folder = cli.config.run or Path("runs") / f"{_recipe(cli).stem}-{name}"
+    options = {"config": cli.dump(), "recipe": str(_recipe(cli))}
+    record = runs.baseline(cli.model, cli.datamodule, folder, name, function, **options, **_place(cli))
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{folder}: {stage}  {quality}")
+    for stage in ("val", "test"):
+        console.print(_quality(folder, stage, record))
+    console.print(f"{name} is not trained  {record['cost']['fit_seconds']:.1f} s")
+    return 0
+
+
+def _place(cli: RecipeCLI) -> dict[str, Any]:
+    """Return the trainer's arguments that say where and how exactly to compute, not how to train."""
+    return {k: v for k, v in cli.trainer_options.items() if k in ("accelerator", "devices", "precision")}
+
+
+def _report(folder: Path, stage: str, record: Mapping[str, Any]) -> int:
+    cost = record["cost"]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_quality(folder, stage, record))
     console.print(
         f"trainable {cost['params_trainable']:,} ({cost['trainable_percent']:.3f} %)  "
         f"training memory {cost['train_memory']['total'] / 1e6:.1f} MB  "
         f"{cost['fit_seconds']:.1f} s  adapter {cost['adapter_bytes']:,} bytes"
     )
     return 0
+
+
+def _quality(folder: Path, stage: str, record: Mapping[str, Any]) -> str:
+    return f"{folder}: {stage}  " + "  ".join(f"{name} {value:.4f}" for name, value in record[stage].items())
 
 
 def _recipe(cli: RecipeCLI) -> Path:
@@ -160,9 +199,9 @@ def _saved_arguments(argv: Sequence[str]) -> list[str]:
     if not given:
         raise GraftError("Say which run: add --run runs/NAME.")
     folder = Path(given[-1])
-    config = folder / runs.CONFIG
+    config = folder / CONFIG
     if not config.is_file():
-        raise GraftError(f"{folder} is not the folder of a run ({runs.CONFIG} is missing). Start it with `graft fit`.")
+        raise GraftError(f"{folder} is not the folder of a run ({CONFIG} is missing). Start it with `graft fit`.")
     return ["--config", str(config), *argv]
 
 
@@ -172,7 +211,7 @@ def _given(argv: Sequence[str], *flags: str) -> list[str]:
     return after + [text.partition("=")[2] for text in argv if text.partition("=")[0] in flags and "=" in text]
 
 
-def _parse(argv: Sequence[str]) -> RecipeCLI:
+def _parse(verb: str, argv: Sequence[str]) -> RecipeCLI:
     for path in _given(argv, "--config", "-c"):
         check_recipe(Path(path))
     try:
@@ -193,7 +232,7 @@ def _parse(argv: Sequence[str]) -> RecipeCLI:
                     "parser_mode": "yaml12",
                     "exit_on_error": False,
                     "allow_abbrev": False,
-                    "prog": "graft fit",
+                    "prog": f"graft {verb}",
                 },
             )
     except jsonargparse.ArgumentError as error:

@@ -70,12 +70,20 @@ def front(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
 
 
 def pareto_svg(
-    points: Sequence[Point], *, ident: str, title: str, cost_label: str, quality_label: str, more_is_better: bool
+    points: Sequence[Point],
+    *,
+    levels: Sequence[tuple[str, float]] = (),
+    ident: str,
+    title: str,
+    cost_label: str,
+    quality_label: str,
+    more_is_better: bool,
 ) -> str:
     """Draw quality against cost, both as measured, with the Pareto front marked.
 
     Args:
         points: One for each method, at least one.
+        levels: Name and quality of what has no such cost, each a line across.
         ident: A prefix for ids, unique within the page.
         title: What a screen reader says first.
         cost_label: The axis of cost, which is logarithmic.
@@ -96,18 +104,26 @@ def pareto_svg(
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.set(xlabel=cost_label, ylabel=quality_label)
-        _draw(axes, points, best)
+        _draw(axes, points, best, levels)
         figure.draw_without_rendering()  # settles the layout, which labels are placed by
-        _label(axes, points)
+        edge = axes.get_xlim()[0]
+        anchors = [Point(name=name, cost=edge, quality=height, spread=None) for name, height in levels]
+        _label(axes, [*points, *anchors])
         figure.savefig(buffer, format="svg", transparent=True)
-    return _inline(buffer.getvalue(), ident, title, _described(points, best, cost_label, quality_label))
+    told = _described(points, best, levels, cost_label, quality_label)
+    return _inline(buffer.getvalue(), ident, title, told)
 
 
-def _draw(axes: Any, points: Sequence[Point], best: Sequence[Point]) -> None:  # noqa: ANN401 (matplotlib is half typed)
+def _draw(
+    axes: Any,  # noqa: ANN401 (matplotlib is half typed)
+    points: Sequence[Point],
+    best: Sequence[Point],
+    levels: Sequence[tuple[str, float]],
+) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    axes.set(**_limits(points))
+    axes.set(**_limits(points, [height for _, height in levels]))
     low, high = axes.get_xlim()
     # Few decades would have one tick or none at powers of ten alone.
     steps = (1.0,) if high / low > 1e3 else (1.0, 3.0) if high / low > 30 else (1.0, 2.0, 5.0)
@@ -117,6 +133,8 @@ def _draw(axes: Any, points: Sequence[Point], best: Sequence[Point]) -> None:  #
     axes.grid(visible=True, axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(which="both", length=0)
+    for _, height in levels:
+        axes.axhline(height, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
     # A staircase: between two points of the front nothing was measured.
     line = {"color": _ACCENT, "linewidth": 1.2, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
     axes.plot([point.cost for point in best], [point.quality for point in best], **line)
@@ -127,15 +145,15 @@ def _draw(axes: Any, points: Sequence[Point], best: Sequence[Point]) -> None:  #
         axes.errorbar([point.cost], [point.quality], yerr=bar, markerfacecolor=filling, **dot)
 
 
-def _limits(points: Sequence[Point]) -> dict[str, tuple[float, float]]:
-    """Leave room around the points, to the right more for their labels.
+def _limits(points: Sequence[Point], heights: Sequence[float]) -> dict[str, tuple[float, float]]:
+    """Leave room around the points and the lines at some heights, to the right more for the points' labels.
 
     The axes never zoom in below two thirds of a decade of cost and five percent of quality: differences that are small
     shall look small.
     """
     costs = [math.log10(point.cost) for point in points]
-    lows = [point.quality - (point.spread or 0.0) for point in points]
-    highs = [point.quality + (point.spread or 0.0) for point in points]
+    lows = [point.quality - (point.spread or 0.0) for point in points] + [*heights]
+    highs = [point.quality + (point.spread or 0.0) for point in points] + [*heights]
     left, width = _stretch(min(costs), max(costs), 0.67)
     bottom, height = _stretch(min(lows), max(highs), 0.05 * max(map(abs, (*lows, *highs))) or 0.05)
     return {
@@ -170,9 +188,17 @@ def _label(axes: Any, points: Sequence[Point]) -> None:  # noqa: ANN401
         axes.annotate(point.name, (point.cost, point.quality), (8, height - y), textcoords="offset points", va="center")
 
 
-def _described(points: Sequence[Point], best: Sequence[Point], cost_label: str, quality_label: str) -> str:
+def _described(
+    points: Sequence[Point],
+    best: Sequence[Point],
+    levels: Sequence[tuple[str, float]],
+    cost_label: str,
+    quality_label: str,
+) -> str:
     told = "; ".join(f"{p.name}: {quality_label} {p.quality:.3f}, {cost_label} {_tick(p.cost)}" for p in points)
-    return f"{told}. On the Pareto front: {', '.join(point.name for point in best)}."
+    untrained = "; ".join(f"{name}: {quality_label} {height:.3f}, not trained" for name, height in levels)
+    lines = f" Lines across: {untrained}." if untrained else ""
+    return f"{told}. On the Pareto front: {', '.join(point.name for point in best)}.{lines}"
 
 
 def _inline(svg: str, ident: str, title: str, description: str) -> str:

@@ -1,4 +1,4 @@
-"""Pictures from the test split with what each method said about them, right and wrong."""
+"""Pictures from the test split: what each method said about them, right or wrong, or what it made of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.compare.results import Run
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _PIXELS = 144  # shown at 96 to 144: enough to see, small enough to mail
 _PICTURES = 4  # in each group
+_EXAMPLES = 3  # that are shown as each method's own picture
+_WIDTH, _BYTES = 900, 200_000  # of a method's own picture: legible, and light enough for a dozen of them
 _ATTEMPTS = 40  # examples of speech or proteins are no pictures: do not try them all
 
 
@@ -47,6 +52,23 @@ class Group:
     samples: tuple[Sample, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One method's own picture of a test example, as a data URI, and its primary metric in words ("" if unknown)."""
+
+    method: str
+    picture: str
+    score: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A test example and how the methods pictured it."""
+
+    name: str
+    views: tuple[View, ...]
+
+
 def sample_groups(runs: Sequence[Run]) -> list[Group]:
     """Pick pictures that all runs predicted: all methods right, some right, none right.
 
@@ -58,12 +80,8 @@ def sample_groups(runs: Sequence[Run]) -> list[Group]:
     Returns:
         The groups that have pictures; none where the runs left no predictions or the examples are no pictures.
     """
-    answers = {run.trial.method: _predictions(run.trial.folder / "predictions.jsonl") for run in runs}
-    answers = {method: lines for method, lines in answers.items() if lines}
-    if not answers:
-        return []
-    first, *rest = answers.values()
-    shared = sorted((key for key in first if all(key in lines for lines in rest)), key=_shuffled)
+    answers = _answers(runs, "label", "prediction", "probability")
+    shared = _shared(answers)
     right = {key: sum(lines[key]["prediction"] == lines[key]["label"] for lines in answers.values()) for key in shared}
     parts = {
         "Every method right": [key for key in shared if right[key] == len(answers)],
@@ -74,6 +92,53 @@ def sample_groups(runs: Sequence[Run]) -> list[Group]:
         Group(title=title, count=len(keys), samples=tuple(_samples(keys, answers))) for title, keys in parts.items()
     ]
     return [group for group in groups if group.samples]
+
+
+def pictured_examples(runs: Sequence[Run]) -> list[Example]:
+    """Pick examples that the methods pictured themselves (`picture` in predictions.jsonl), by a hash of their ids.
+
+    Args:
+        runs: One tested run for each method.
+
+    Returns:
+        A few examples with the pictures of all methods that have one; none where no method has.
+    """
+    primary = {run.trial.method: (run.trial.folder, run.metrics.primary if run.metrics else "") for run in runs}
+    answers = _answers(runs, "picture")
+    examples: list[Example] = []
+    for key in _shared(answers)[:_ATTEMPTS]:
+        views: list[View] = []
+        for method, lines in answers.items():
+            folder, metric = primary[method]
+            picture, value = _legible(folder / str(lines[key]["picture"])), lines[key].get(metric)
+            known = isinstance(value, int | float) and not isinstance(value, bool)
+            if picture is not None:
+                score = f"{metric.replace('_', ' ')} {value:.3f}" if known else ""
+                views.append(View(method=method, picture=picture, score=score))
+        if views:
+            examples.append(Example(name=key, views=tuple(views)))
+        if len(examples) == _EXAMPLES:
+            break
+    return examples
+
+
+def _answers(runs: Sequence[Run], *needed: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read what each method left of each test example, where it left what is needed."""
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        rows = _predictions(run.trial.folder / "predictions.jsonl")
+        fit = {key: row for key, row in rows.items() if all(row.get(name) is not None for name in needed)}
+        if fit:
+            answers[run.trial.method] = fit
+    return answers
+
+
+def _shared(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the ids that all methods have, in the order of their hashes."""
+    if not answers:
+        return []
+    first, *rest = answers.values()
+    return sorted((key for key in first if all(key in rows for rows in rest)), key=_shuffled)
 
 
 def _predictions(path: Path) -> dict[str, dict[str, Any]]:
@@ -111,20 +176,44 @@ def _samples(keys: Sequence[str], answers: Mapping[str, Mapping[str, Mapping[str
 
 
 def _thumbnail(path: str | None) -> str | None:
-    """Shrink a picture to a data URI, transparent parts on white; None where the file is no picture."""
+    """Shrink a picture to a data URI; None where the file is no picture."""
+    page = _open(Path(path)) if path else None
+    if page is None:
+        return None
+    page.thumbnail((_PIXELS, _PIXELS))
+    return _data_uri(page, quality=82)
+
+
+def _legible(path: Path) -> str | None:
+    """Turn a method's own picture into a data URI, as large and as sharp as `_BYTES` allow; None where it is none."""
+    page = _open(path)
+    if page is None:
+        return None
+    width, quality = min(_WIDTH, page.width), 88
+    while True:
+        height = max(1, round(page.height * width / page.width))
+        picture = _data_uri(page.resize((width, height)), quality=quality)
+        if len(picture) < _BYTES:
+            return picture
+        width, quality = (width, quality - 18) if quality > 60 else (max(1, width * 3 // 4), 88)
+
+
+def _open(path: Path) -> Image.Image | None:
+    """Read a picture, transparent parts on white."""
     from PIL import Image, UnidentifiedImageError
 
-    if not path:
-        return None
     try:
         with Image.open(path) as image:
-            small = image.convert("RGBA")
+            picture = image.convert("RGBA")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
         # Speech and proteins have no picture, and a cache may have moved: the report is complete without.
         return None
-    small.thumbnail((_PIXELS, _PIXELS))
-    page = Image.new("RGB", small.size, "white")
-    page.paste(small, mask=small)
+    page = Image.new("RGB", picture.size, "white")
+    page.paste(picture, mask=picture)
+    return page
+
+
+def _data_uri(page: Image.Image, quality: int) -> str:
     buffer = io.BytesIO()
-    page.save(buffer, "JPEG", quality=82)
+    page.save(buffer, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

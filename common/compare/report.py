@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from common.compare._plots import Point, pareto_svg
-from common.compare._samples import Group, sample_groups
+from common.compare._samples import Example, Group, pictured_examples, sample_groups
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
 from common.compare.study import Study, Trial
 from common.compare.summary import Summary, summarise
@@ -57,6 +57,7 @@ class Section:
     recipe: str
     facts: str
     primary: str
+    untrained: str
     summary: Summary
     head: tuple[tuple[str, bool], ...]
     cells: tuple[tuple[tuple[str, object, bool], ...], ...]
@@ -65,6 +66,7 @@ class Section:
     tuning: tuple[tuple[str, tuple[Tried, ...]], ...]
     failed: tuple[Run, ...]
     groups: tuple[Group, ...]
+    examples: tuple[Example, ...]
     commands: str
 
 
@@ -102,7 +104,8 @@ def _section(study: Study, recipe: str, rows: Sequence[Row], runs: Sequence[Run]
         recipe=recipe,
         facts=_facts(seen),
         primary=next((row.primary.replace("_", " ") for row in rows if row.primary), ""),
-        summary=summarise(rows, runs),
+        untrained=", ".join(row.method for row in rows if row.baseline),
+        summary=summarise(rows, runs, redrawn=bool(study.seed_options)),
         head=tuple((column.title, column.words) for column in shown),
         cells=tuple(tuple((c.text(row), c.value(row), c.words) for c in shown) for row in rows),
         plots=tuple(_plots(rows, ident)),
@@ -110,28 +113,30 @@ def _section(study: Study, recipe: str, rows: Sequence[Row], runs: Sequence[Run]
         tuning=tuple(_tuning(study, runs)),
         failed=tuple(run for run in runs if run.failure),
         groups=tuple(sample_groups(pictured)),
+        examples=tuple(pictured_examples(pictured)),
         commands=_commands(runs),
     )
 
 
 def _facts(seen: Sequence[Metrics]) -> str:
-    """Describe data and backbone in a line, from the first run that has them."""
+    """Describe data and backbone in a line, from the first run that has them; a baseline may have no backbone."""
     if not seen:
         return ""
-    first, data = seen[0], seen[0].data
+    data, backbone = seen[0].data, next((metrics.backbone for metrics in seen if metrics.backbone), "")
     classes = data.get("classes")
     sizes = " / ".join(f"{data[split]:,}" for split in ("train", "val", "test") if isinstance(data.get(split), int))
     words = [
         str(data.get("name", "")),
         f"{len(classes)} classes" if isinstance(classes, list) else "",
         f"{sizes} examples (train / val / test)" if sizes else "",
-        f"backbone {first.backbone}",
+        f"backbone {backbone}" if backbone else "",
     ]
     return ", ".join(word for word in words if word)
 
 
 def _plots(rows: Sequence[Row], ident: str) -> list[Plot]:
     plots: list[Plot] = []
+    levels = [(row.method, row.quality.mean) for row in rows if row.baseline and row.quality is not None]
     for key, label in _AXES:
         known = [(row, row.quality) for row in rows if row.quality is not None and row.cost.get(key, 0) > 0]
         if not known:
@@ -143,14 +148,17 @@ def _plots(rows: Sequence[Row], ident: str) -> list[Plot]:
         ]
         svg = pareto_svg(
             points,
+            levels=levels,
             ident=f"{ident}-{key}",
             title=f"Test {name} against {label}",
             cost_label=label,
             quality_label=f"test {name}",
             more_is_better=first.mode == "max",
         )
+        caption = f"Test {name} against {label}. Filled and joined: no other method is both better and cheaper."
+        caption += " Dotted across: not trained." if levels else ""
         # The drawing is ours and its text escaped; everything else on the page goes through autoescape.
-        plots.append(Plot(caption=f"Test {name} against {label}", svg=Markup(svg)))
+        plots.append(Plot(caption=caption, svg=Markup(svg)))
     return plots
 
 
@@ -210,6 +218,6 @@ def _commands(runs: Sequence[Run]) -> str:
         return "graft " + shlex.join(words)
 
     def lines(trial: Trial, chosen: bool) -> list[str]:
-        return [line(trial.fit), *([line(trial.test)] if chosen else [])]
+        return [line(trial.fit), *([line(trial.test)] if chosen and not trial.baseline else [])]
 
     return "\n".join(text for run in runs for text in lines(run.trial, run.chosen))

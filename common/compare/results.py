@@ -53,7 +53,7 @@ class Metrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a run has no result: the command (`fit` or `test`), its exit code and the last lines of its log."""
+    """Why a run has no result: the command (`fit`, `test`, `baseline`), its exit code and the last lines of its log."""
 
     verb: str
     code: int
@@ -103,14 +103,15 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One method on one recipe.
+    """One method or baseline on one recipe.
 
     Attributes:
         recipe: The label of the recipe.
-        method: The name of the method.
+        method: The name of the method or baseline.
+        baseline: Whether it is a baseline, which is not trained and costs nothing but time.
         full: Whether it is full fine-tuning, the reference.
-        grid: The learning rates it could choose from.
-        lr: The chosen learning rate; None where no run succeeded.
+        grid: The learning rates it could choose from; none for a baseline.
+        lr: The chosen learning rate; None for a baseline, or where no run succeeded.
         seeds: The seeds that were tested.
         primary: The metric that decides; "" where no run succeeded.
         mode: Whether more of it is better, or less.
@@ -122,6 +123,7 @@ class Row:
 
     recipe: str
     method: str
+    baseline: bool
     full: bool
     grid: tuple[float, ...]
     lr: float | None
@@ -195,32 +197,40 @@ def choose(runs: Sequence[Run]) -> Run | None:
 
 
 def make_rows(study: Study, runs: Sequence[Run]) -> list[Row]:
-    """Bring the runs of each recipe and method together, in the order of the study file."""
-    return [
-        _row(
-            study.labels[recipe], method, [r for r in runs if (r.trial.recipe, r.trial.method) == (recipe, method.name)]
-        )
-        for recipe in study.recipes
-        for method in study.methods
-    ]
+    """Bring the runs of each recipe and method together: the baselines, then the methods, in the study file's order."""
+    rows: list[Row] = []
+    for recipe in study.recipes:
+        label, own = study.labels[recipe], [run for run in runs if run.trial.recipe == recipe]
+        for name in (*study.baselines, *study.methods):
+            rows.append(_row(label, name, [run for run in own if run.trial.method == _name(name)]))
+    return rows
 
 
-def _row(label: str, method: Method, runs: Sequence[Run]) -> Row:
+def _name(one: Method | str) -> str:
+    return one if isinstance(one, str) else one.name
+
+
+def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
+    """Make the row of a method, or of a baseline given by its name."""
     tested = [(r.trial, r.metrics) for r in runs if r.chosen and not r.failure and r.metrics and r.metrics.test]
     seen = [metrics for _, metrics in tested]
     chosen = next((run.trial.lr for run in runs if run.chosen), None)
+    cost = _cost([metrics.cost for metrics in seen])
+    method = None if isinstance(one, str) else one
     return Row(
         recipe=label,
-        method=method.name,
-        full=str(method.peft["class_path"]).rsplit(".", 1)[-1] == FULL_FINE_TUNING,
-        grid=method.lrs,
+        method=_name(one),
+        baseline=method is None,
+        full=method is not None and str(method.peft["class_path"]).rsplit(".", 1)[-1] == FULL_FINE_TUNING,
+        grid=method.lrs if method else (),
         lr=chosen,
         seeds=tuple(trial.seed for trial, _ in tested),
         primary=seen[0].primary if seen else "",
         mode=seen[0].mode if seen else "max",
         val=_spread([metrics.score for metrics in seen]),
         test=_test(seen),
-        cost=_cost([metrics.cost for metrics in seen]),
+        # A baseline's zeros would win every comparison of what training costs.
+        cost=cost if method else {name: value for name, value in cost.items() if value > 0},
         failed=sum(run.failure is not None for run in runs),
     )
 

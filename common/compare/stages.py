@@ -1,4 +1,4 @@
-"""The course of a study: tune, choose, repeat over the seeds, test what was chosen, write the results.
+"""The course of a study: baselines, tune, choose, repeat over the seeds, test what was chosen, write the results.
 
 Every step is a command that a person can run again: it is written to `command.txt` in the run folder. A study that
 was stopped goes on where it was; a run folder that came from another command is refused, never overwritten.
@@ -44,7 +44,7 @@ def compare(
         study_path: The study file.
         out: The folder to write to, in place of the study's own.
         jobs: How many trials run side by side; by default half the processors.
-        command: What stands before `fit` and `test` on each command line.
+        command: What stands before `fit`, `test` and `baseline` on each command line.
         console: Where progress and the table go; by default standard output.
 
     Returns:
@@ -85,13 +85,14 @@ class _Session:
 
     def run(self) -> list[Run]:
         """Take the study through its stages; return every run of it."""
+        untrained = self._fit(self.study.untrained(), "baselines") if self.study.baselines else []
         tuned = self._fit(self.study.tuning(), "tuning")
         winners = self._winners(tuned)
         fitted = self._fit([trial for trial in winners if trial.seed != self.study.tune_seed], "repeating")
         chosen = [trial for trial in winners if trial.seed in self.study.seeds]
         self._test(chosen)
-        folders = {trial.folder for trial in chosen}
-        runs = [self._read(run.trial) for run in (*tuned, *fitted)]
+        folders = {trial.folder for trial in (*chosen, *self.study.untrained())}
+        runs = [self._read(run.trial) for run in (*untrained, *tuned, *fitted)]
         return [replace(run, chosen=run.trial.folder in folders) for run in runs]
 
     def refuse_foreign_folders(self, trials: Sequence[Trial]) -> None:
@@ -117,10 +118,11 @@ class _Session:
             for method in self.study.methods:
                 own = [run for run in tuned if (run.trial.recipe, run.trial.method) == (recipe, method.name)]
                 best = choose(own)
-                if best is None:
+                lr = best.trial.lr if best else None
+                if lr is None:
                     continue
                 seeds = dict.fromkeys((self.study.tune_seed, *self.study.seeds))
-                winners += [self.study.trial(recipe, method, best.trial.lr, seed) for seed in seeds]
+                winners += [self.study.trial(recipe, method, lr, seed) for seed in seeds]
         return winners
 
     def _fit(self, trials: Sequence[Trial], stage: str) -> list[Run]:
@@ -130,13 +132,15 @@ class _Session:
         jobs: dict[Path, Job] = {}
         for trial in todo:
             # Decided first: writing our own files must not look like the traces of a run.
-            resume = any((trial.folder / name).exists() for name in ("last.ckpt", "metrics.json"))
+            resume = (
+                any((trial.folder / name).exists() for name in ("last.ckpt", "metrics.json")) and not trial.baseline
+            )
             self._write_commands(trial, [trial.fit])
             line = (*self.command, *trial.fit, *(("--resume",) if resume else ()))
             jobs[trial.folder] = Job(
                 title=self._title(trial), command=line, log=trial.folder / "log.txt", append=resume
             )
-        self._run(jobs, "fit")
+        self._run(jobs, "baseline" if stage == "baselines" else "fit")
         return [self._read(trial) for trial in trials]
 
     def _test(self, trials: Sequence[Trial]) -> None:
@@ -189,12 +193,13 @@ class _Session:
         trial.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(shlex.join((*self.command, *line)) + "\n" for line in lines)
         (trial.folder / "command.txt").write_text(text, encoding="utf-8")
-        if lines[-1][0] == "fit":
+        if lines[-1][0] != "test":
             record = json.dumps(self._record(trial), indent=2)
             (trial.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
 
     def _title(self, trial: Trial) -> str:
-        return f"{self.study.labels[trial.recipe]} {trial.method} lr {trial.lr:g} seed {trial.seed}"
+        rate = "" if trial.lr is None else f" lr {trial.lr:g}"
+        return f"{self.study.labels[trial.recipe]} {trial.method}{rate} seed {trial.seed}"
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

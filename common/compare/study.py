@@ -1,7 +1,8 @@
 """The study file: which methods, learning rates, seeds and recipes are compared, and the trials that follow from it.
 
-A trial is one run of `graft fit`: a recipe, a method, a learning rate and a seed. It is described by its command line
-and its run folder, `OUT/<recipe>/<method>/lr-<lr>-seed-<seed>`, and by nothing else.
+A trial is one run of `graft fit`: a recipe, a method, a learning rate and a seed; or one of `graft baseline`: a recipe,
+a predictor that is not trained and a seed. It is described by its command line and its run folder,
+`OUT/<recipe>/<method>/lr-<lr>-seed-<seed>` or `OUT/<recipe>/<baseline>/seed-<seed>`, and by nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, cast
 from common._yaml import load_yaml
 from common.errors import GraftError, suggest
 
-_STUDY_KEYS = ("title", "question", "recipe", "recipes", "out", "overrides", "methods", "seeds", "tune_seed")
+_STUDY_KEYS = ("title", "question", "recipe", "recipes", "out", "overrides", "methods", "baselines", "seeds")
+_STUDY_KEYS += ("tune_seed", "seed_options")
 _METHOD_KEYS = ("peft", "lr", "lr_options", "overrides")
 _PEFT_KEYS = ("class_path", "init_args")
 # What the study decides itself, so that an override can never contradict the folder's name.
@@ -52,28 +54,33 @@ class Trial:
 
     Attributes:
         recipe: The path of the recipe.
-        method: The name of the method.
-        lr: The learning rate.
+        method: The name of the method or baseline.
+        lr: The learning rate; None for a baseline, which is not trained.
         seed: The seed.
         folder: The run folder.
-        options: The command line of the fit, without the run folder.
+        options: The command line of the fit or baseline, without the run folder.
     """
 
     recipe: str
     method: str
-    lr: float
+    lr: float | None
     seed: int
     folder: Path
     options: tuple[str, ...]
 
     @property
+    def baseline(self) -> bool:
+        """Whether nothing is trained."""
+        return self.lr is None
+
+    @property
     def fit(self) -> tuple[str, ...]:
-        """The arguments of the command that fits this trial."""
+        """The arguments of the command that fits this trial; a baseline's is all there is to do."""
         return (*self.options, "--run", str(self.folder))
 
     @property
     def test(self) -> tuple[str, ...]:
-        """The arguments of the command that tests this trial."""
+        """The arguments of the command that tests this trial, which a baseline needs not."""
         return ("test", "--run", str(self.folder))
 
 
@@ -88,8 +95,11 @@ class Study:
         labels: A short name for each recipe, unique within the study.
         out: The folder of all run folders, tables and the report.
         methods: The methods, in the order of the file.
+        baselines: The names of the predictors that are not trained.
+        overrides: Options of all trials; those of the methods hold them already.
         seeds: The seeds of the final runs.
         tune_seed: The seed with which learning rates are chosen.
+        seed_options: Further options that take the seed, in every trial.
     """
 
     title: str
@@ -98,18 +108,39 @@ class Study:
     labels: Mapping[str, str]
     out: Path
     methods: tuple[Method, ...]
+    baselines: tuple[str, ...]
+    overrides: Mapping[str, Any]
     seeds: tuple[int, ...]
     tune_seed: int
+    seed_options: tuple[str, ...]
 
     def trial(self, recipe: str, method: Method, lr: float, seed: int) -> Trial:
         """Describe one run of this study."""
-        options = ["fit", "--config", recipe, "--peft", json.dumps(method.peft), "--seed_everything", str(seed)]
+        options = ["fit", "--config", recipe, "--peft", json.dumps(method.peft), *self._seeded(seed)]
         for key in method.lr_options:
             options += [f"--{key}", repr(lr)]
-        for key, value in method.overrides.items():
-            options += _option(key, value)
+        options += _options(method.overrides)
         folder = self.out / self.labels[recipe] / method.name / f"lr-{lr!r}-seed-{seed}"
         return Trial(recipe=recipe, method=method.name, lr=lr, seed=seed, folder=folder, options=tuple(options))
+
+    def untrained(self) -> list[Trial]:
+        """The runs of the baselines: every recipe, baseline and seed."""
+        return [
+            Trial(
+                recipe=recipe,
+                method=name,
+                lr=None,
+                seed=seed,
+                folder=self.out / self.labels[recipe] / name / f"seed-{seed}",
+                options=("baseline", name, "--config", recipe, *self._seeded(seed), *_options(self.overrides)),
+            )
+            for recipe in self.recipes
+            for name in self.baselines
+            for seed in self.seeds
+        ]
+
+    def _seeded(self, seed: int) -> list[str]:
+        return [word for key in ("seed_everything", *self.seed_options) for word in (f"--{key}", str(seed))]
 
     def tuning(self) -> list[Trial]:
         """The runs that choose the learning rates: every recipe, method and rate, at `tune_seed`."""
@@ -122,13 +153,14 @@ class Study:
 
     def possible(self) -> list[Trial]:
         """Every run that this study may come to need, whichever learning rates are chosen."""
-        return [
+        trained = [
             self.trial(recipe, method, lr, seed)
             for recipe in self.recipes
             for method in self.methods
             for lr in method.lrs
             for seed in dict.fromkeys((self.tune_seed, *self.seeds))
         ]
+        return [*self.untrained(), *trained]
 
 
 def load_study(path: Path, out: Path | None = None) -> Study:
@@ -149,6 +181,7 @@ def load_study(path: Path, out: Path | None = None) -> Study:
     recipes = _recipes(top, problems)
     shared = _overrides(top.get("overrides"), "overrides", problems)
     methods = _methods(top.get("methods"), shared, problems)
+    seed_options = _seed_options(top.get("seed_options", []), methods, problems)
     seeds = _integers(top.get("seeds", [0]), "seeds", problems)
     tune_seed = _integers(top.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
     if len(tune_seed) > 1:
@@ -161,8 +194,11 @@ def load_study(path: Path, out: Path | None = None) -> Study:
         labels=_labels(recipes),
         out=out if out is not None else Path(str(folder)),
         methods=methods,
+        baselines=_baselines(top.get("baselines", []), methods, problems),
+        overrides=shared,
         seeds=seeds,
         tune_seed=tune_seed[0] if tune_seed else 0,
+        seed_options=seed_options,
     )
     if len(set(study.labels.values())) < len(study.labels):
         problems.append(f"recipes share the folder names {_show(sorted(study.labels.values()))}: rename a recipe")
@@ -173,10 +209,13 @@ def load_study(path: Path, out: Path | None = None) -> Study:
     return study
 
 
-def _option(key: str, value: object) -> tuple[str, ...]:
-    text = value if isinstance(value, str) else json.dumps(value)
-    # A value that starts with a dash would be read as an option of its own.
-    return (f"--{key}={text}",) if text.startswith("-") else (f"--{key}", text)
+def _options(overrides: Mapping[str, Any]) -> list[str]:
+    words: list[str] = []
+    for key, value in overrides.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        # A value that starts with a dash would be read as an option of its own.
+        words += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
+    return words
 
 
 def _show(value: object) -> str:
@@ -248,8 +287,7 @@ def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> t
     methods: list[Method] = []
     for name, block in blocks.items():
         where = f"method '{name}'"
-        if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
-            problems.append(f"{where} cannot name a folder: use letters, digits, '_', '.', '+' and '-'")
+        _check_name(name, where, problems)
         fields = _fields(block, where, _METHOD_KEYS, problems)
         if not fields:
             continue
@@ -260,7 +298,7 @@ def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> t
             problems.append(f"init_args of {where} is {_show(peft['init_args'])}: give a mapping")
         overrides = {**shared, **_overrides(fields.get("overrides"), f"overrides of {where}", problems)}
         takers = _list(fields.get("lr_options", _LR_OPTION))
-        if not takers or not all(isinstance(key, str) and key and not key.startswith("-") for key in takers):
+        if not takers or not _are_options(takers):
             problems.append(f"lr_options of {where} is {_show(takers)}: give options without dashes, as {_LR_OPTION}")
         problems.extend(f"overrides of {where} set '{key}', which takes lr" for key in takers if str(key) in overrides)
         rates = _rates(fields.get("lr"), where, problems)
@@ -268,6 +306,47 @@ def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> t
             Method(name=str(name), peft=peft, lrs=rates, lr_options=tuple(map(str, takers)), overrides=overrides)
         )
     return tuple(methods)
+
+
+def _check_name(name: object, where: str, problems: list[str]) -> None:
+    if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
+        problems.append(f"{where} cannot name a folder: use letters, digits, '_', '.', '+' and '-'")
+
+
+def _baselines(value: object, methods: Sequence[Method], problems: list[str]) -> tuple[str, ...]:
+    names = _list(value)
+    if not all(isinstance(name, str) for name in names):
+        problems.append(f"baselines is {_show(names)}: give names, as graft list baselines prints them")
+        return ()
+    for name, count in Counter(names).items():
+        _check_name(name, f"baseline '{name}'", problems)
+        if count > 1:
+            problems.append(f"baseline '{name}' is listed twice")
+        if name in [method.name for method in methods]:
+            problems.append(f"'{name}' is a baseline and a method: give the method another name")
+    return tuple(names)
+
+
+def _are_options(keys: Sequence[object]) -> bool:
+    return all(isinstance(key, str) and key and not key.startswith("-") for key in keys)
+
+
+def _seed_options(value: object, methods: Sequence[Method], problems: list[str]) -> tuple[str, ...]:
+    keys = _list(value)
+    if not _are_options(keys):
+        problems.append(f"seed_options is {_show(keys)}: give options of graft fit without dashes, as data.draw")
+        return ()
+    for key, count in Counter(map(str, keys)).items():
+        if count > 1:
+            problems.append(f"seed_options gives '{key}' twice")
+        if key in _RESERVED or key.startswith("peft."):
+            problems.append(f"seed_options has '{key}', which the study sets itself: use recipe, methods, lr and seeds")
+        for method in methods:
+            if key in method.overrides:
+                problems.append(f"overrides of method '{method.name}' set '{key}', which takes the seed")
+            if key in method.lr_options:
+                problems.append(f"lr_options of method '{method.name}' has '{key}', which takes the seed")
+    return tuple(map(str, keys))
 
 
 def _rates(value: object, where: str, problems: list[str]) -> tuple[float, ...]:

@@ -30,26 +30,36 @@ class Summary:
     cautions: tuple[str, ...]
 
 
-def summarise(rows: Sequence[Row], runs: Sequence[Run]) -> Summary:
+def summarise(rows: Sequence[Row], runs: Sequence[Run], *, redrawn: bool = False) -> Summary:
     """Word the results of one recipe.
 
     Args:
         rows: Its rows.
         runs: Its runs.
+        redrawn: Whether each seed has data of its own, so that only runs of one seed must agree on them.
 
     Returns:
         The summary.
     """
-    known = [(row, row.quality) for row in rows if row.quality is not None]
+    results = [(row, row.quality) for row in rows if row.quality is not None]
+    known = [(row, spread) for row, spread in results if not row.baseline]
+    untrained = [(row, spread) for row, spread in results if row.baseline]
     if not known:
-        return Summary(headline="No run gave a result.", findings=(), cautions=tuple(_failures(rows, runs)))
+        headline = "No method gave a result." if untrained else "No run gave a result."
+        told = tuple(f"{row.method}, which is not trained, reaches {quality(spread)}." for row, spread in untrained)
+        return Summary(headline=headline, findings=told, cautions=tuple(_failures(rows, runs)))
     sign = 1.0 if known[0][0].mode == "max" else -1.0
     ranked = sorted(known, key=lambda pair: -sign * pair[1].mean)
     full = next(((row, spread) for row, spread in known if row.full), None)
+    trained = [row for row in rows if not row.baseline]
     return Summary(
-        headline=_headline(ranked),
-        findings=(*(_distances(known, full, sign) if full else ()), *_cheapest([row for row, _ in known])),
-        cautions=(*_failures(rows, runs), *_tuning(rows), *_chance(ranked, runs), *_sameness(runs)),
+        headline=_headline(ranked, untrained, sign),
+        findings=(
+            *_untrained(untrained, ranked[0], sign),
+            *(_distances(known, full, sign) if full else ()),
+            *_cheapest([row for row, _ in known]),
+        ),
+        cautions=(*_failures(rows, runs), *_tuning(trained), *_chance(ranked, runs), *_sameness(runs, redrawn)),
     )
 
 
@@ -60,11 +70,16 @@ def noise(one: Spread, other: Spread) -> float | None:
     return math.hypot(one.std, other.std)
 
 
-def _headline(ranked: Sequence[tuple[Row, Spread]]) -> str:
+def _headline(ranked: Sequence[tuple[Row, Spread]], untrained: Sequence[tuple[Row, Spread]], sign: float) -> str:
     (best, top), rest = ranked[0], ranked[1:]
     word = "highest" if best.mode == "max" else "lowest"
     seeds = f"mean of {top.n} seeds" if top.n > 1 else "one seed"
-    line = f"{best.method} has the {word} test {best.primary.replace('_', ' ')}: {quality(top)} ({seeds})."
+    among = "Of the trained methods, " if untrained else ""
+    line = f"{among}{best.method} has the {word} test {best.primary.replace('_', ' ')}: {quality(top)} ({seeds})."
+    ahead = [row.method for row, spread in untrained if sign * (spread.mean - top.mean) >= 0]
+    near = [row.method for row, spread in untrained if row.method not in ahead and _within(top, spread)]
+    for words, names in (("does not beat", ahead), ("does not clearly beat", near)):
+        line += f" It {words} {_listed(names)}, where nothing is trained." if names else ""
     level = [f"{row.method} ({spread.mean:.3f})" for row, spread in rest if _within(top, spread)]
     if not level:
         return line
@@ -77,18 +92,34 @@ def _within(one: Spread, other: Spread) -> bool:
     return chance is not None and abs(one.mean - other.mean) <= chance
 
 
+def _untrained(untrained: Sequence[tuple[Row, Spread]], best: tuple[Row, Spread], sign: float) -> list[str]:
+    """Say of each baseline how far the best method is from it."""
+    row, top = best
+    return [
+        f"{baseline.method}, which is not trained, reaches {quality(spread)}: "
+        f"{row.method} {_gap(sign * (top.mean - spread.mean))} it ({_judged(top, spread)})."
+        for baseline, spread in untrained
+    ]
+
+
+def _gap(gain: float) -> str:
+    return f"is {abs(gain):.3f} {'better' if gain > 0 else 'worse'} than" if round(abs(gain), 3) else "is level with"
+
+
+def _judged(one: Spread, other: Spread) -> str:
+    if noise(one, other) is None:
+        return "spread unknown"
+    return "within the spread" if _within(one, other) else "beyond the spread"
+
+
 def _distances(known: Sequence[tuple[Row, Spread]], full: tuple[Row, Spread], sign: float) -> list[str]:
     lines: list[str] = []
     reference, goal = full
     for row, spread in known:
         if row is reference:
             continue
-        gap = sign * (spread.mean - goal.mean)
-        judged = "within the spread" if _within(spread, goal) else "beyond the spread"
-        if noise(spread, goal) is None:
-            judged = "spread unknown"
-        far = f"is {abs(gap):.3f} {'better' if gap > 0 else 'worse'} than" if round(abs(gap), 3) else "is level with"
-        line = f"{row.method} {far} {reference.method} ({judged})"
+        far = _gap(sign * (spread.mean - goal.mean))
+        line = f"{row.method} {far} {reference.method} ({_judged(spread, goal)})"
         shares = [
             f"{percent(100 * row.cost[key] / reference.cost[key])} of its {words}"
             for key, words in (("params_trainable", "trainable parameters"), ("memory_total", "training memory"))
@@ -153,11 +184,12 @@ def _chance(ranked: Sequence[tuple[Row, Spread]], runs: Sequence[Run]) -> list[s
     return lines
 
 
-def _sameness(runs: Sequence[Run]) -> list[str]:
+def _sameness(runs: Sequence[Run], redrawn: bool) -> list[str]:
     """Warn where runs that stand side by side were not made alike."""
     seen = [run.metrics for run in runs if run.metrics]
     lines: list[str] = []
-    if len({str(metrics.data.get("digest")) for metrics in seen}) > 1:
+    drawn = {(run.trial.seed if redrawn else 0, str(run.metrics.data.get("digest"))) for run in runs if run.metrics}
+    if len(drawn) > len({seed for seed, _ in drawn}):
         lines.append("The runs did not all see the same data (their digests differ): do not compare them.")
     if len({str(sorted(metrics.environment.items())) for metrics in seen}) > 1:
         lines.append("The runs did not all have the same environment, so their times cannot be compared.")

@@ -138,11 +138,17 @@ def write_markdown(study: Study, rows: Sequence[Row], path: Path) -> None:
         "chosen on the validation split. Val is the primary metric there. Memory: weights, gradients, optimizer "
         "state and saved activations of a training step."
     )
+    untrained = list(dict.fromkeys(row.method for row in rows if row.baseline))
+    if untrained:
+        note += f" Not trained, and so without costs of training: {', '.join(untrained)}; their Fit is all their time."
     path.write_text("\n\n".join([*blocks, note]) + "\n", encoding="utf-8")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write one line for each recipe and method, in plain units (bytes, seconds); what is unknown is left empty."""
+    """Write one line for each recipe and method, in plain units (bytes, seconds).
+
+    What is unknown is left empty, as is what does not apply to a baseline.
+    """
     metrics = list(dict.fromkeys(name for row in rows for name in row.test))
     records = [_record(row, metrics) for row in rows]
     with path.open("w", encoding="utf-8", newline="") as file:

@@ -24,4 +24,5 @@ DOMAIN = Domain(
         _DATA,
     ),
     predict="domains.vision.predict:predict",
+    baselines={"MajorityClass": "domains.vision.baselines:majority_class"},
 )

@@ -23,7 +23,9 @@ from domains.vision.tasks import ImageClassification
 _BATCH = 32
 
 
-def predict(task: ImageClassification, files: Sequence[Path], out: Path, *, skip_bad: bool = False) -> str:
+def predict(
+    task: ImageClassification, files: Sequence[Path], out: Path = Path("predictions.csv"), *, skip_bad: bool = False
+) -> str:
     """Classify images.
 
     Args:

@@ -169,6 +169,8 @@ class ImageClassification(AdaptedTask):
 
     def usage(self) -> str:
         """Return lines that load the export with timm, peft and safetensors."""
+        from common.tuners import is_own
+
         name, size = self.settings["backbone"], self.facts.image_size
         options = f"pretrained={self.settings['pretrained']}, num_classes=0"
         options += f", img_size={size}" if takes_size(name) else ""
@@ -186,7 +188,8 @@ class ImageClassification(AdaptedTask):
         elif self.attached.plan.mode == "frozen":
             tuned = "model = base.eval()"
         last = f"model.{last_norm(self.backbone)}(" if last_norm(self.backbone) else ""
-        own = "import common.tuners  # registers BitFit with peft\n" if type(self.peft).__name__ == "BitFit" else ""
+        registered = is_own(getattr(self.attached.plan.peft_config, "peft_type", None))
+        own = "import common.tuners  # registers Graft's own tuners with peft\n" if registered else ""
         return (
             f"from peft import PeftModel\nfrom safetensors.torch import load_file\n{own}{base}\n{tuned}\n"
             'head = load_file(f"{FOLDER}/head.safetensors")\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import requests  # noqa: F401 (probes for IPv6 when first imported, so import it
 
 from common import _sources, artifacts
 from common.artifacts import fetch, is_cached
+from common.cli import run
 from common.errors import GraftError
 
 WHEEL = "tiny-1.0-py3-none-any.whl"
@@ -144,6 +146,39 @@ def test_relative_file_source_is_taken_from_the_catalog_folder(catalog):
     (artifacts.DATA_FOLDER / "starters").mkdir()
     (artifacts.DATA_FOLDER / "starters" / "model.bin").write_bytes(b"weights")
     assert fetch("tiny").read_bytes() == b"weights"
+
+
+def test_an_altered_local_source_is_refused_at_once_and_left_alone(catalog, monkeypatch, cache):
+    catalog("file:starters/model.bin", b"weights", "model.bin")
+    committed = artifacts.DATA_FOLDER / "starters" / "model.bin"
+    committed.parent.mkdir()
+    committed.write_bytes(b"weightS")
+    tries = []
+    copy = _sources.shutil.copyfile
+    monkeypatch.setattr(_sources.shutil, "copyfile", lambda *paths: tries.append(paths) or copy(*paths))
+    with pytest.raises(
+        GraftError, match=rf"{committed} does not have the sha256 .* Either restore {committed} and run"
+    ):
+        fetch("tiny")
+    assert len(tries) == 1
+    assert committed.read_bytes() == b"weightS"
+    assert archived(cache) == []
+    committed.write_bytes(b"weights")
+    assert fetch("tiny").read_bytes() == b"weights"
+
+
+def test_a_committed_file_is_listed_and_shown_like_any_other(catalog, capsys):
+    catalog("file:starters/model.bin", b"weights", "model.bin")
+    (artifacts.DATA_FOLDER / "starters").mkdir()
+    (artifacts.DATA_FOLDER / "starters" / "model.bin").write_bytes(b"weights")
+    assert run(["list", "checkpoints"], {}) == 0
+    assert re.search(r"tiny +vision +MIT +0 MB +no +A test row", capsys.readouterr().out)
+    fetch("tiny")
+    capsys.readouterr()
+    assert run(["list", "checkpoints"], {}) == 0
+    assert re.search(r"tiny +vision +MIT +0 MB +yes +A test row", capsys.readouterr().out)
+    assert run(["show", "tiny"], {}) == 0
+    assert f"sha256: {sha256(b'weights')}" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_corrupt_download_is_refused_after_three_tries_and_the_older_file_kept(catalog, program, cache):

@@ -255,9 +255,30 @@ def test_measuring_changes_nothing_in_the_training(tmp_path, runs):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_resumed_meter_goes_on(tmp_path):
+def test_a_resumed_meter_goes_on():
     meter = CostMeter()
-    meter.step, meter.fit_seconds, meter._durations = {"activations": 5}, 3.0, [0.1, 0.2]
+    meter.step, meter.fit_seconds = {"activations": 5}, 3.0
+    for seconds in (0.1, 0.2):
+        meter._note(seconds)
     other = CostMeter()
     other.load_state_dict(meter.state_dict())
-    assert other.state_dict() == {"step": {"activations": 5}, "fit_seconds": 3.0, "durations": [0.1, 0.2]}
+    for one in (meter, other):
+        one._note(0.3)
+    assert other.state_dict() == meter.state_dict()
+    assert other.state_dict()["durations"] == [0.1, 0.2, 0.3]
+    assert other.state_dict()["fit_seconds"] == 3.0
+
+
+@pytest.mark.parametrize("breaks", [(), (700, 1024, 1025, 4000)])
+def test_a_meter_keeps_few_step_times_spread_evenly_over_the_whole_run(breaks):
+    """Whatever the number of steps, and also over resumes, the times kept are those of every so manieth step."""
+    meter = CostMeter()
+    for step in range(10_000):
+        if step in breaks:
+            state, meter = meter.state_dict(), CostMeter()
+            meter.load_state_dict(state)
+        meter._note(float(step))
+        assert len(meter._durations) <= 1024
+    kept = meter.state_dict()["durations"]
+    assert len(kept) > 512
+    assert kept == [float(step) for step in range(0, 10_000, 16)]

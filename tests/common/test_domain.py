@@ -11,7 +11,7 @@ import pytest
 
 from common.domain import ENTRY_POINTS, Domain, with_plugins
 from common.errors import GraftError
-from tests.toy import DOMAINS, ToyTask
+from tests.toy import DOMAINS, ToyTask, most_frequent
 
 
 def entry(name, offers):
@@ -52,6 +52,17 @@ def test_predict_is_a_function_of_a_module():
     assert Domain(name="x", summary="", predict="os.path:join").load_predict()("a", "b") == "a/b"
     with pytest.raises(GraftError, match="'x' has no predict"):
         Domain(name="x", summary="").load_predict()
+
+
+def test_a_baseline_is_a_function_of_a_module():
+    assert DOMAINS["toy"].load_baseline("MostFrequent") is most_frequent
+
+
+def test_an_unknown_baseline_is_refused_with_the_nearest():
+    with pytest.raises(GraftError, match=r"baseline of domain toy 'MostFrequnt'\. Did you mean 'MostFrequent'"):
+        DOMAINS["toy"].load_baseline("MostFrequnt")
+    with pytest.raises(GraftError, match="'x' has no baselines"):
+        Domain(name="x", summary="").load_baseline("MostFrequent")
 
 
 def test_a_plugin_joins_the_built_in_domains(plugins):

@@ -203,6 +203,7 @@ def test_the_record_says_what_was_run(finished):
     assert record["test"] is None
     assert record["data"]["train"] == 20
     assert record["environment"]["precision"] == "32-true"
+    assert record["trainer"] == {"precision": "32-true", "accumulate_grad_batches": 1}
     assert (finished / "config.yaml").read_text() == "a: 1\n"
     by_role = record["cost"]["params_by_role"].values()
     assert sum(role["trainable"] for role in by_role) == record["cost"]["params_trainable_backbone"]
@@ -301,6 +302,23 @@ def test_a_refused_resume_leaves_the_runs_configuration(copy):
     assert (copy / "config.yaml").read_text() == "a: 1\n"
     fit(TASKS["LoRA"](), ToyData(), copy, resume=True, max_epochs=3, config="longer: 1\n")
     assert (copy / "config.yaml").read_text() == "longer: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches is 2 here and 1 in the checkpoint"),
+        ({"precision": "bf16-mixed"}, "precision is 'bf16-mixed' here and '32-true' in the checkpoint"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_trainer_only(copy, options, words):
+    """Its steps would be others, and it would not end as the uninterrupted run."""
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    with pytest.raises(GraftError, match=words):
+        fit(TASKS["LoRA"](), ToyData(), copy, resume=True, config="b: 1\n", **{"max_epochs": 3, **options})
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    if "precision" in options:  # only going on needs the same: evaluating may be done elsewhere
+        assert runs.test(TASKS["LoRA"](), ToyData(), copy, **options)["test"]
 
 
 @pytest.mark.parametrize("verb", [runs.test, validate])

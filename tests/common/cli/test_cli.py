@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,8 @@ from common.cli import TRAINING, doctor, listing, run
 from common.errors import GraftError
 from common.methods import METHODS
 from tests.toy import DOMAINS
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +72,31 @@ def test_domains_are_what_is_listed_by_default(call):
     code, out, _ = call("list")
     assert (code, out) == call("list", "domains")[:2]
     assert rows(out)[1] == ["toy", "ToyTask", "ToyData", "tests"]
+
+
+def test_baselines_are_listed_with_what_they_predict(call):
+    code, out, err = call("list", "baselines")
+    assert (code, err) == (0, "")
+    assert [" ".join(row) for row in rows(out)[1:]] == [
+        "MostFrequent toy The most frequent class, whatever the input.",
+        "Untrained toy The backbone and the head as they are before training.",
+    ]
+
+
+@pytest.mark.parametrize("argv", [["list", "baselines"], [], ["frob"]], ids=" ".join)
+def test_telling_what_there_is_needs_no_torch(argv):
+    """The baselines of every built-in domain are listed out of their source."""
+    code = f"""
+import sys
+from common.cli import run
+from domains import DOMAINS
+code = run({argv}, DOMAINS)
+assert code == (2 if {argv} != ["list", "baselines"] else 0)
+assert not {{"torch", "lightning", "peft"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("MajorityClass" in done.stdout) == (argv == ["list", "baselines"])
 
 
 def test_recipes_are_listed_with_their_purpose(call, tmp_path, monkeypatch):
@@ -168,6 +198,17 @@ def test_doctor_runs_from_a_clone_that_is_not_installed(monkeypatch):
         (["merge", "/nonexistent/adapter", "out"], "is not an adapter folder"),
         (["predict", "--adapter", "/nonexistent/adapter", "x.png"], "is not an adapter folder"),
         (["test"], "Say which run"),
+        (["baseline"], "Say which baseline: graft baseline NAME --config RECIPE"),
+        (["baseline", "--config", "x.yaml"], "Say which baseline"),
+        (["baseline", "Majority", "--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        ([], "Say what to do: fit, validate, test, baseline, list,"),
+        (["exprt"], "Unknown verb 'exprt'. Did you mean 'export'? Allowed: baseline, compare,"),
+        (["fly"], "Unknown verb 'fly'."),
+        (["--frob"], "Unrecognized arguments: --frob. See `graft --help`."),
+        (["export", "run"], "The following arguments are required: out. See `graft export --help`."),
+        (["predict"], "The following arguments are required: --adapter, files. See `graft predict --help`."),
+        (["list", "methods", "more"], "Unrecognized arguments: more."),
+        (["compare", "study.yaml", "--jobs", "many"], "Argument --jobs: invalid int value: 'many'."),
         (["test", "--run", "/nonexistent/run"], "is not the folder of a run"),
         (["validate", "--run", "/nonexistent/run"], "is not the folder of a run"),
         (["compare", "/nonexistent/study.yaml"], "/nonexistent/study.yaml"),
@@ -181,13 +222,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(call, argv, words):
     assert err.startswith("graft: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
-
-
-@pytest.mark.parametrize("argv", [[], ["fly"], ["export", "run"], ["predict"], ["list", "methods", "more"]])
-def test_words_that_are_no_command_are_refused_with_the_usage(call, argv):
-    code, out, err = call(*argv)
-    assert (code, out) == (2, "")
-    assert err.startswith("usage: graft")
 
 
 def test_help_names_every_verb(call):

@@ -28,6 +28,9 @@ methods:
   FullFineTune: {peft: {class_path: FullFineTune}, lr: [1e-5, 5e-5], overrides: {trainer.max_epochs: 2}}
 seeds: [0, 1, 2]
 """
+BASELINES = "baselines: [Majority, Nearest]\n"
+UNTRAINED = {"val": {"Majority": 0.2, "Nearest": 0.5}}
+UNTRAINED["test"] = {"Majority": {"0": 0.2, "1": 0.2, "2": 0.2}, "Nearest": {"0": 0.50, "1": 0.54, "2": 0.52}}
 
 
 class World:
@@ -50,6 +53,11 @@ class World:
     def write(self, study: str) -> None:
         """Write the study file."""
         (self.folder / "study.yaml").write_text(study)
+
+    def add_baselines(self, **changes: Any) -> None:
+        """Give the study two baselines, and the world what they come to."""
+        self.write(STUDY + BASELINES)
+        self.measure(**{part: {**own, **UNTRAINED[part]} for part, own in (("val", VAL), ("test", TEST))}, **changes)
 
     def measure(self, **changes: Any) -> None:
         """Say what the fake measures from now on."""

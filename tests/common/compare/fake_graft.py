@@ -2,7 +2,8 @@
 
 The world: {"val": {method: {lr: number}}, "test": {method: {seed: number}}, "fail": [[verb, method, lr, seed], ...],
 "silent": (the same, ending well but without a result), "sleep": seconds, "classes": [...], "pictures": [...],
-"mode": "max"}. Every call is noted in calls.jsonl, beside it.
+"rows": {method: [row of predictions.jsonl, ...]}, "mode": "max"}. Every call is noted in calls.jsonl, beside it.
+A baseline has no learning rate: it is "-" in the lists, and "val" has its number instead of rates.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 def main() -> int:
     verb, *words = sys.argv[1:]
+    name = words.pop(0) if verb == "baseline" else ""
     flags = {"--resume"} & set(words)
     words = [word for word in words if word not in flags]
     options = dict(zip(words[::2], words[1::2], strict=True))
@@ -22,8 +24,8 @@ def main() -> int:
         options = {**json.loads((run / "options.json").read_text()), **options}
     recipe_path = Path(options["--config"])
     world = json.loads((recipe_path.parent / "world.json").read_text())
-    peft = json.loads(options["--peft"])
-    method, lr, seed = peft["class_path"], options["--model.optim.lr"], options["--seed_everything"]
+    peft = json.loads(options["--peft"]) if not name else {"class_path": name, "init_args": {}}
+    method, lr, seed = peft["class_path"], options.get("--model.optim.lr", "-"), options["--seed_everything"]
     with (recipe_path.parent / "calls.jsonl").open("a") as calls:
         record = {"verb": verb, "recipe": recipe_path.name, "method": method, "lr": lr, "seed": seed}
         record |= {"resume": bool(flags), "options": options, "threads": os.environ.get("OMP_NUM_THREADS")}
@@ -40,7 +42,13 @@ def main() -> int:
     if [verb, method, lr, seed] in world.get("silent", []):
         return 0
     path = run / "metrics.json"
-    if verb == "fit":
+    rows = world.get("rows", {}).get(method)
+    if rows is not None:
+        (run / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if verb == "baseline":
+        metrics = describe(world, recipe_path, peft, None, int(seed)) | {"baseline": True, "backbone": ""}
+        metrics["test"] = {"accuracy": world["test"][method][seed], "macro_f1": 0.1}
+    elif verb == "fit":
         (run / "options.json").write_text(json.dumps(options))
         metrics = describe(world, recipe_path, peft, float(lr), int(seed))
     else:
@@ -53,8 +61,9 @@ def main() -> int:
     return 0
 
 
-def describe(world: dict, recipe_path: Path, peft: dict, lr: float, seed: int) -> dict:
+def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed: int) -> dict:
     method = peft["class_path"]
+    measured = world["val"][method]
     share = {"FullFineTune": 1.0, "LoRA": 0.0067, "BitFit": 0.0024, "LinearProbe": 0.00026}.get(method, 0.005)
     params = 22_056_576
     parts = {
@@ -74,9 +83,12 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float, seed: int) -
         "seed": seed,
         "primary": {"name": "accuracy", "mode": world.get("mode", "max")},
         "status": "fitted",
-        "val": {"accuracy": world["val"][method][f"{lr:g}"], "macro_f1": 0.5, "loss": 1.0},
+        "val": {"accuracy": measured if lr is None else measured[f"{lr:g}"], "macro_f1": 0.5, "loss": 1.0},
         "test": None,
-        "cost": {
+        "cost": {"params_total": None, "params_trainable": 0, "trainable_percent": 0.0, "train_memory": None}
+        | {"flops_per_step": None, "step_seconds": None, "steps": 0, "fit_seconds": 7.0 + seed, "adapter_bytes": None}
+        if lr is None
+        else {
             "params_total": params,
             "params_trainable": int(params * share),
             "trainable_percent": 100 * share,
@@ -91,7 +103,13 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float, seed: int) -
             "backbone_bytes": 4 * params,
             "peak_cuda_bytes": None,
         },
-        "data": {"name": "OpenClipart", "digest": "d1", "train": 700, "val": 200, "test": 400}
+        "data": {
+            "name": "OpenClipart",
+            "digest": world.get("digests", {}).get(str(seed), "d1"),
+            "train": 700,
+            "val": 200,
+            "test": 400,
+        }
         | {"classes": world.get("classes", ["birds", "bugs"])},
         "environment": {"graft": "0.1.0", "device": "cpu", "precision": "32-true"},
     }

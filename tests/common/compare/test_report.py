@@ -105,6 +105,56 @@ def test_runs_without_pictures_have_a_report_too(world):
     assert "What the methods said" not in (world.out / "report.html").read_text()
 
 
+def test_rows_of_another_kind_are_no_pictures(world):
+    world.measure(rows={"LoRA": [{"id": "a", "prediction": 1}], "FullFineTune": [{"id": "a", "value": 0.5}]})
+    assert world.run() == 0
+    report = (world.out / "report.html").read_text()
+    assert "What the methods said" not in report
+    assert "Test examples" not in report
+
+
+def test_baselines_are_lines_in_the_plots_and_rows_in_the_table(world):
+    world.add_baselines()
+    assert world.run() == 0
+    page = Page((world.out / "report.html").read_text())
+    assert (
+        page.text.count("Lines across: Majority: test accuracy 0.200, not trained; Nearest: test accuracy 0.520") == 2
+    )
+    assert page.text.count("Dotted across: not trained.") == 2
+    assert "On the Pareto front: LoRA, FullFineTune." in page.text
+    assert "Not trained: Majority, Nearest; their Fit is all their time." in page.text
+    assert "backbone vit-small-patch14-focus" in page.text
+    assert "graft baseline Majority --config recipe.yaml" in page.text
+    assert "graft test --run runs/small/recipe/Majority" not in page.text
+    # Bars of memory and lists of learning rates are for what trains.
+    assert page.text.count("Majority") == page.text.count("Nearest")
+    assert "Of the trained methods, FullFineTune has the highest" in page.text
+
+
+def views(world):
+    """(alternative text, caption) of each picture that a method made, in order."""
+    report = (world.out / "report.html").read_text()
+    found = re.findall(r'<figure><img src="data:[^"]+" alt="([^"]+)"><figcaption>(.*?)</figcaption>', report)
+    return [(alt, re.sub("<.*?>", "", caption)) for alt, caption in found]
+
+
+def test_pictures_of_the_methods_stand_side_by_side_with_their_scores(world):
+    def rows(**score):
+        return [{"id": "a&b", "picture": "predictions/0.png", **score}]
+
+    world.add_baselines(rows={"LoRA": rows(accuracy=0.8125), "FullFineTune": rows(), "Majority": rows(accuracy=0)})
+    for folder in ("Majority/seed-0", "LoRA/lr-0.001-seed-0", "FullFineTune/lr-5e-05-seed-0"):
+        path = world.out / "recipe" / folder / "predictions" / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (30, 10), "red").save(path)
+    assert world.run() == 0
+    captions = {"Majority": "Majority accuracy 0.000", "LoRA": "LoRA accuracy 0.812", "FullFineTune": "FullFineTune"}
+    assert views(world) == [(f"a&amp;b: {method}", caption) for method, caption in captions.items()]
+    page = Page((world.out / "report.html").read_text())
+    assert "Test examples, method by method" in page.text
+    assert "What the methods said" not in page.text
+
+
 def test_the_front_holds_what_nothing_beats():
     def point(name, cost, quality):
         return Point(name=name, cost=cost, quality=quality, spread=None)
@@ -133,3 +183,13 @@ def test_labels_of_crowded_points_do_not_cover_each_other():
     heights = sorted(map(float, re.findall(r'<text[^>]* y="([-\d.]+)"[^>]*>Method\d<', svg)))
     assert len(heights) == 4
     assert all(upper - lower > 10 for lower, upper in itertools.pairwise(heights))
+
+
+def test_a_line_across_widens_the_plot_to_its_height():
+    points = [Point(name="A", cost=10.0, quality=0.9, spread=None)]
+    settings = {"ident": "p", "title": "t", "cost_label": "c", "quality_label": "q", "more_is_better": True}
+    svg = pareto_svg(points, levels=[("Chance", 0.1)], **settings)
+    assert "Lines across: Chance: q 0.100, not trained." in Page(svg).text
+    ticks = [float(tick) for tick in re.findall(r">(\d\.\d+)<", svg)]
+    assert min(ticks) <= 0.2 < 0.8 <= max(ticks)
+    assert ">Chance<" in svg

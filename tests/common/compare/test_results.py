@@ -56,6 +56,32 @@ def test_markdown_has_quality_and_cost_in_one_table(world):
     assert "mean ± sample standard deviation" in text
 
 
+def test_a_baseline_has_a_row_with_quality_and_no_cost_but_time(world):
+    world.add_baselines()
+    world.run()
+    with (world.out / "results.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["Majority", "Nearest", "LoRA", "FullFineTune"]
+    row = rows["Nearest"]
+    values = [0.50, 0.54, 0.52]
+    assert float(row["test_accuracy_mean"]) == pytest.approx(mean(values))
+    assert float(row["test_accuracy_std"]) == pytest.approx(std(values))
+    assert float(row["fit_seconds"]) == pytest.approx(mean([7, 8, 9]))
+    assert float(row["val_primary_mean"]) == pytest.approx(0.5)
+    for name in ("lr", "params_trainable", "trainable_percent", "memory_total", "flops_per_step", "step_seconds"):
+        assert row[name] == "", name
+    text = (world.out / "results.md").read_text()
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    cells = dict(zip(table[0], next(line for line in table if line[0] == "Nearest"), strict=True))
+    dashes = [title for title, cell in cells.items() if cell == NOTHING]
+    assert dashes == ["lr", "Trainable", "%", "Train memory", "FLOPs/step", "Step", "Adapter"]
+    assert (cells["accuracy"], cells["Seeds"], cells["Fit"]) == ("0.520 ± 0.020", "3", "8 s")
+    assert "Not trained, and so without costs of training: Majority, Nearest; their Fit" in text
+    assert "Nearest" in world.output.splitlines()[-5]
+
+
 def test_the_printed_table_is_not_cut_in_a_log(world):
     world.run()
     assert "FullFineTune" in world.output

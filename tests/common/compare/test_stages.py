@@ -92,6 +92,59 @@ def test_a_folder_of_another_command_is_refused_before_anything_runs(world, what
     assert world.calls() == []
 
 
+def test_baselines_run_once_a_seed_before_all_else_and_never_again(world):
+    world.add_baselines()
+    assert world.run() == 0
+    calls = kinds(world)
+    expected = {("baseline", name, "-", seed) for name in ("Majority", "Nearest") for seed in "012"}
+    assert set(calls[:6]) == expected
+    assert not expected & set(calls[6:])
+    assert not {call[1] for call in calls[6:]} & {"Majority", "Nearest"}
+    assert "baselines: 6 runs, 0 of them there already" in world.output
+    assert "done    recipe Nearest seed 1  test accuracy 0.5400" in world.output
+    folder = world.out / "recipe/Nearest/seed-1"
+    assert {path.name for path in folder.iterdir()} >= {"metrics.json", "trial.json", "command.txt", "log.txt"}
+    assert len((folder / "command.txt").read_text().splitlines()) == 1
+    world.forget()
+    assert world.run() == 0
+    assert world.calls() == []
+
+
+def test_a_baseline_is_added_to_a_finished_study(world):
+    world.run()
+    world.forget()
+    world.add_baselines()
+    assert world.run() == 0
+    assert {call[0] for call in kinds(world)} == {"baseline"}
+
+
+def test_a_failing_baseline_is_reported_and_tried_again_from_its_start(world):
+    world.add_baselines(fail=[["baseline", "Nearest", "-", "1"]], sleep=0.01)
+    assert world.run() == 1
+    assert "FAILED  recipe Nearest seed 1  exit code 3" in world.output
+    report = (world.out / "report.html").read_text()
+    assert "recipe/Nearest/seed-1: baseline ended with exit code 3" in report
+    assert "recipe,Nearest,,0 2,2,1," in (world.out / "results.csv").read_text()
+    world.forget()
+    world.add_baselines()
+    assert world.run() == 0
+    assert [(call["method"], call["seed"], call["resume"]) for call in world.calls()] == [("Nearest", "1", False)]
+
+
+@pytest.mark.parametrize("what", ["arguments", "foreign"])
+def test_a_baselines_folder_of_another_command_is_refused(world, what):
+    world.add_baselines()
+    world.run()
+    world.forget()
+    if what == "arguments":
+        world.write((world.folder / "study.yaml").read_text() + "seed_options: [data.draw]\n")
+    else:
+        (world.out / "recipe/Nearest/seed-1/trial.json").unlink()
+    with pytest.raises(GraftError, match=r"Nearest/seed-1'"):
+        world.run()
+    assert world.calls() == []
+
+
 def test_a_comment_in_the_recipe_changes_nothing(world):
     world.run()
     world.forget()
@@ -207,7 +260,7 @@ def test_a_stopped_study_leaves_no_process_and_goes_on_later(world, number):
     children = [call["process"] for call in world.calls()]
     assert len(children) == 2
     process.send_signal(number)
-    output, _ = process.communicate(timeout=15)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "goes on from here" in output
     for child in children:

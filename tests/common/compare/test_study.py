@@ -80,6 +80,51 @@ def test_the_learning_rate_goes_where_the_method_says(world):
     assert [words[words.index(f"--model.optim.{key}") + 1] for key in ("head_lr", "lr")] == ["1e-05", "1e-05"]
 
 
+def test_baselines_have_a_trial_for_each_recipe_and_seed_without_rate_or_tuning(world):
+    Path("other.yaml").write_text("{}")
+    text = (
+        (world.folder / "study.yaml").read_text().replace("recipe: recipe.yaml", "recipes: [recipe.yaml, other.yaml]")
+    )
+    world.write(text + "baselines: [Majority, Nearest]\ntune_seed: 7\n")
+    study = load_study(Path("study.yaml"))
+    trials = study.untrained()
+    assert [(t.recipe, t.method, t.seed) for t in trials] == [
+        (recipe, name, seed)
+        for recipe in ("recipe.yaml", "other.yaml")
+        for name in ("Majority", "Nearest")
+        for seed in (0, 1, 2)
+    ]
+    assert all(trial.baseline and trial.lr is None for trial in trials)
+    assert not any(trial.baseline for trial in study.tuning())
+    assert trials[1].folder == Path("runs/small/recipe/Majority/seed-1")
+    words = "baseline Majority --config recipe.yaml --seed_everything 1 --trainer.max_epochs 4 --data.name tiny"
+    assert trials[1].fit == (*words.split(), "--run", "runs/small/recipe/Majority/seed-1")
+    assert set(trials) <= set(study.possible())
+
+
+def test_one_baseline_needs_no_list(world):
+    world.write((world.folder / "study.yaml").read_text() + "baselines: Majority\n")
+    assert load_study(Path("study.yaml")).baselines == ("Majority",)
+
+
+def test_further_options_take_the_seed_in_every_trial(world):
+    world.write(
+        (world.folder / "study.yaml").read_text() + "seed_options: [data.draw, data.fold]\nbaselines: [Nearest]\n"
+    )
+    for trial in load_study(Path("study.yaml")).possible():
+        words = list(trial.options)
+        given = [words[words.index(f"--{key}") + 1] for key in ("seed_everything", "data.draw", "data.fold")]
+        assert given == [str(trial.seed)] * 3
+
+
+def test_a_study_without_them_gives_the_commands_it_always_gave(world):
+    """Runs that are there already are told by their command."""
+    trial = load_study(Path("study.yaml")).tuning()[-1]
+    words = "fit --config recipe.yaml --peft PEFT --seed_everything 0 --model.optim.lr 5e-05 --trainer.max_epochs 2"
+    expected = [*words.replace("PEFT", '{"class_path":"FullFineTune"}').split(), "--data.name", "tiny"]
+    assert [word.replace(" ", "") for word in trial.options] == expected
+
+
 def test_all_problems_are_reported_at_once_with_the_nearest_name(world):
     world.write("""
 title: 3
@@ -127,6 +172,22 @@ tune_seed: [1, 2]
         ("out: runs/small", "out: 3", "out is 3"),
         ("  FullFineTune:", "  LoRA:", "'LoRA' is given twice"),
         ("question: Does it work?", "", "question is null"),
+        ("seeds:", "baselines: [LoRA]\nseeds:", "'LoRA' is a baseline and a method"),
+        ("seeds:", "baselines: [A, A]\nseeds:", "baseline 'A' is listed twice"),
+        ("seeds:", "baselines: [a/b]\nseeds:", "baseline 'a/b' cannot name a folder"),
+        ("seeds:", "baselines: [null]\nseeds:", "baselines is [null]"),
+        ("seeds:", "baseline: [A]\nseeds:", "Did you mean 'baselines'?"),
+        ("seeds:", "seed_options: [--data.draw]\nseeds:", 'seed_options is ["--data.draw"]'),
+        ("seeds:", "seed_options: [3]\nseeds:", "seed_options is [3]"),
+        ("seeds:", "seed_options: [data.draw, data.draw]\nseeds:", "'data.draw' twice"),
+        ("seeds:", "seed_options: [seed_everything]\nseeds:", "seed_options has 'seed_everything'"),
+        ("seeds:", "seed_options: [peft.rank]\nseeds:", "seed_options has 'peft.rank'"),
+        (
+            "seeds:",
+            "seed_options: [data.name]\nseeds:",
+            "overrides of method 'LoRA' set 'data.name', which takes the seed",
+        ),
+        ("seeds:", "seed_options: [model.optim.lr]\nseeds:", "lr_options of method 'LoRA' has 'model.optim.lr'"),
     ],
 )
 def test_one_wrong_thing_is_named(world, old, new, words):

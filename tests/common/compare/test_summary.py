@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from common.compare.results import Row, Spread
+from common.compare.results import Metrics, Row, Run, Spread
+from common.compare.study import Trial
 from common.compare.summary import noise, summarise
 
 
@@ -15,6 +17,7 @@ def row(method, values, cost=(100, 10.0), grid=(1e-4, 1e-3, 1e-2), mode="max"):
     return Row(
         recipe="r",
         method=method,
+        baseline=False,
         full=method == "Full",
         grid=grid,
         lr=1e-3,
@@ -84,3 +87,62 @@ def test_a_method_without_result_or_with_nan_is_said_so():
     assert "Empty has no result." in summary.cautions
     assert "Broken diverged on the test split." in summary.cautions
     assert summarise([empty], []).headline == "No run gave a result."
+
+
+def untrained(method, values, mode="max"):
+    return replace(
+        row(method, values, mode=mode), baseline=True, full=False, lr=None, grid=(), cost={"fit_seconds": 1.0}
+    )
+
+
+def test_a_baseline_is_no_method_that_trains():
+    cheap = row("Cheap", [0.60, 0.62, 0.64], cost=(5, 10.0))
+    summary = summarise([untrained("Nearest", [0.5, 0.5, 0.5]), cheap, FULL], [])
+    assert summary.headline.startswith("Of the trained methods, Full has the highest test accuracy: 0.720 ± 0.020")
+    assert "Nearest" not in summary.headline
+    assert summary.findings == (
+        "Nearest, which is not trained, reaches 0.500 ± 0.000: Full is 0.220 better than it (beyond the spread).",
+        "Cheap is 0.100 worse than Full (beyond the spread), with 0.5 % of its trainable parameters and 25 % of its "
+        "training memory.",
+        "Cheap trains the fewest parameters (5) and needs the least training memory (10 B).",
+    )
+    assert summary.cautions == ()
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "words"),
+    [
+        ("max", [0.80, 0.80, 0.80], "It does not beat Nearest, where nothing is trained."),
+        ("max", [0.71, 0.71, 0.71], "It does not clearly beat Nearest, where nothing is trained."),
+        ("min", [0.60, 0.60, 0.60], "It does not beat Nearest, where nothing is trained."),
+        ("max", [0.60, 0.60, 0.60], None),
+    ],
+)
+def test_a_baseline_that_is_not_beaten_stands_in_the_main_sentence(mode, values, words):
+    headline = summarise([untrained("Nearest", values, mode), replace(FULL, mode=mode)], []).headline
+    assert ("Nearest" in headline) == (words is not None)
+    assert (words or "") in headline
+
+
+def test_baselines_alone_are_told_and_win_nothing():
+    failed = replace(row("A", [0.5]), seeds=(), test={}, lr=None)
+    summary = summarise([untrained("Nearest", [0.5, 0.5]), failed], [])
+    assert summary.headline == "No method gave a result."
+    assert summary.findings == ("Nearest, which is not trained, reaches 0.500 ± 0.000.",)
+    assert summary.cautions == ("A has no result.",)
+
+
+@pytest.mark.parametrize(
+    ("digests", "redrawn", "warned"),
+    [("aabb", False, True), ("aabb", True, False), ("aaab", True, True), ("aaaa", False, False)],
+)
+def test_data_may_differ_between_seeds_where_the_study_draws_them_so(digests, redrawn, warned):
+    def run(method, seed, digest):
+        trial = Trial(recipe="r", method=method, lr=1.0, seed=seed, folder=Path("f"), options=())
+        kept = {"fitted": True, "primary": "accuracy", "mode": "max", "val": {}, "test": {}, "cost": {}}
+        metrics = Metrics(**kept, data={"digest": digest}, environment={}, backbone="b")
+        return Run(trial=trial, metrics=metrics, chosen=True, failure=None)
+
+    runs = [run(method, seed, digests[2 * seed + i]) for seed in (0, 1) for i, method in enumerate("AB")]
+    cautions = summarise([row("A", [0.5, 0.6])], runs, redrawn=redrawn).cautions
+    assert any("did not all see the same data" in line for line in cautions) == warned
