@@ -1,4 +1,4 @@
-# make demo   set up everything and run the demonstration (ends in runs/demo/report.html)
+# make demo   set up everything and run the demonstration (ends in runs/demo*/report.html)
 # make test   set up everything and run all checks' tests
 # make lint   style, types and the import contract
 PYTHON ?= python3
@@ -27,10 +27,11 @@ install: $(READY)
 # error of the second line says which file to get and how to hand it over.
 artifacts: $(READY)
 	$(BIN)/graft fetch vit-small-patch14-focus efficientnet-lite0
-	$(BIN)/graft fetch openclipart tuxpaint-stamps
+	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases
 
 demo: artifacts
 	$(BIN)/graft compare configs/demo.yaml
+	$(BIN)/graft compare configs/demo_medical.yaml
 
 test: artifacts
 	$(BIN)/python -m pytest --artifacts -n 2

@@ -122,6 +122,9 @@ def _try_once(source: str, filename: str, sha256: str, folder: Path) -> Path:
         return Path(pooch.retrieve(source, f"sha256:{sha256}", fname=filename, path=folder, downloader=downloader))
     except ValueError as error:
         # Raised by pooch for a wrong digest only; the file that came is deleted by then.
+        if scheme == "file":
+            reason, remedy = f"{parts['path']} does not have the sha256 {sha256}", f"restore {parts['path']}"
+            raise SourceError(reason, retry=False, remedy=remedy) from error
         raise SourceError(
             f"the file that came ({received} bytes) does not have the sha256 {sha256} and was deleted"
         ) from error

@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.domain import Domain
-from domains import vision
+from domains import medical, vision
 
-DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (vision.DOMAIN,)}
+DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (vision.DOMAIN, medical.DOMAIN)}

@@ -23,7 +23,8 @@ READMES = [
     for path in sorted(ROOT.rglob("*.md"))
     if not {".venv", "runs", "node_modules"} & set(path.relative_to(ROOT).parts) and not path.name.startswith(".")
 ]
-SMALL = ["--data.limit_per_class", "3", "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+FEWER = {"vision": ["--data.limit_per_class", "3"], "medical": ["--data.batch_size", "1"]}
 
 
 def blocks(path, *languages):
@@ -58,15 +59,18 @@ def place(tmp_path_factory):
 
 def shrink(arguments, place):
     """Make a README's command cheap without changing what it does."""
-    if arguments[0] == "fit":
-        return [*arguments, *SMALL]
+    recipe = next((Path(item) for item in arguments if item.startswith("configs/")), None)
+    if arguments[0] == "fit" and recipe is not None:
+        return [*arguments, *FEWER[recipe.parent.name], *QUICK]
     if arguments[0] == "compare":
         study = place / "small.yaml"
         text = (ROOT / arguments[1]).read_text()
         text = re.sub(r"\blr: \[([^,\]]+)[^\]]*\]", r"lr: [\1]", text)
         text = re.sub(r"^seeds:.*", "seeds: [0]", text, flags=re.M)
-        small = "overrides: {data.limit_per_class: 3, trainer.max_epochs: 1, trainer.limit_train_batches: 1}\n"
-        study.write_text(re.sub(r"^overrides:\n(  .*\n)+", "", text, flags=re.M) + small)
+        fewer = "data.limit_per_class: 3" if "recipe: configs/vision" in text else "data.labelled: 8"
+        small = f"overrides: {{{fewer}, trainer.max_epochs: 1, trainer.limit_train_batches: 1}}\n"
+        text = re.sub(r"trainer.max_epochs: 12", "trainer.max_epochs: 1", text)
+        study.write_text(re.sub(r"^overrides:.*\n(  .*\n)*", "", text, flags=re.M) + small)
         return ["compare", str(study), *arguments[2:]]
     return arguments
 
@@ -95,14 +99,21 @@ def test_the_python_examples_run(place, monkeypatch):
 
 
 @pytest.mark.artifacts
-def test_the_demo_runs_small(place, monkeypatch):
+@pytest.mark.parametrize(
+    ("study", "rows"),
+    [
+        ("configs/demo.yaml", ("LinearProbe", "BitFit", "LoRA", "FullFineTune")),
+        ("configs/demo_medical.yaml", ("NearestSlice", "ZeroShot", "HeadOnly", "LoRA", "FullFineTune")),
+    ],
+)
+def test_the_demo_runs_small(study, rows, place, monkeypatch):
     monkeypatch.chdir(place)
     shutil.rmtree(place / "demo", ignore_errors=True)
-    arguments = shrink(["compare", "configs/demo.yaml", "--out", "demo"], place)
+    arguments = shrink(["compare", study, "--out", "demo"], place)
     assert run(arguments, DOMAINS) == 0
     report = (place / "demo" / "report.html").read_text()
-    for method in ("LinearProbe", "BitFit", "LoRA", "FullFineTune"):
-        assert method in report
+    for name in rows:
+        assert name in report
 
 
 def test_make_commands_of_the_readmes_are_targets():

@@ -1,0 +1,111 @@
+"""Every shipped medical recipe parses through the real command line, and its method lives on its backbone."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import timm
+
+from common import run as runs
+from common._yaml import load_yaml
+from common.attach import probe
+from common.cli import run as graft
+from common.compare.study import load_study
+from common.methods import METHODS
+from domains import DOMAINS
+from domains.medical.data import VolumeData, VolumeFacts
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "configs" / "medical").glob("*.yaml"))
+STUDIES = [ROOT / "configs/demo_medical.yaml", *sorted((ROOT / "configs" / "studies").glob("macaque_*.yaml"))]
+
+
+class Captured(Exception):
+    """What a fit would have been given."""
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    """Run `graft fit` up to the moment that training would start."""
+    caught = []
+
+    def capture(task, data, run, **options):
+        caught.append((task, data, run, options))
+        raise Captured
+
+    monkeypatch.setattr(runs, "fit", capture)
+    monkeypatch.chdir(ROOT)
+
+    def call(*argv):
+        with pytest.raises(Captured):
+            graft(["fit", *map(str, argv)], DOMAINS)
+        return caught.pop()
+
+    return call
+
+
+def test_there_are_recipes():
+    names = {path.stem for path in RECIPES}
+    assert names >= {"human_to_macaque", "colin_hemisphere", "pretrain_unet3d_colin", "own_decathlon", "own_masks"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_is_for_and_its_command_runs(path, fit):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# Purpose: ")
+    (command,) = [line.removeprefix("# Command:").strip() for line in lines if line.startswith("# Command:")]
+    program, verb, *argv = shlex.split(command)
+    assert (program, verb) == ("graft", "fit")
+    assert argv[argv.index("--config") + 1] == str(path.relative_to(ROOT))
+    task, data, run, options = fit(*argv)
+    content = load_yaml(path)
+    assert isinstance(data, VolumeData)
+    assert type(task).__name__ == content["model"]["class_path"]
+    assert task.settings["backbone"] == content["model"]["init_args"]["backbone"]
+    assert type(task.peft) is METHODS[content["peft"]["class_path"]]
+    assert type(data).__name__ == content["data"]["class_path"]
+    assert run == Path(argv[argv.index("--run") + 1])
+    assert options["max_epochs"] == content["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipes_method_lives_on_its_backbone(path, fit):
+    """The real architecture at a small patch, a ViT cut to two blocks, with random weights."""
+    task, data, *_ = fit("--config", path, "--model.pretrained", "false")
+    create = timm.create_model
+
+    def shallow(name, **options):
+        return create(name, **options, **({"depth": 2} if "vit" in name else {}))
+
+    axes = len(data.patch_size)
+    task.facts = VolumeFacts(
+        spatial_dims=axes,
+        channels=1,
+        class_names=("background", "a", "b"),
+        spacing=(1.0,) * axes,
+        patch_size=(28,) * 2 if axes == 2 else (32,) * 3,
+        preprocessing={},
+        name="",
+        digest="",
+        counts={},
+    )
+    with mock.patch.object(timm, "create_model", shallow):
+        if path.stem == "pretrain_unet3d_colin":
+            task.settings["class_weights"] = "none"  # those of the recipe are for its own classes
+        task.assemble()
+    probe(task.attached, lambda: task.features(task.example_batch()))
+    assert any(parameter.requires_grad for parameter in task.backbone.parameters())
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_parses_and_its_trials_do(path, fit):
+    study = load_study(path.relative_to(ROOT))
+    assert set(study.baselines) <= set(DOMAINS["medical"].baselines)
+    for trial in study.tuning():
+        if trial.lr == next(m for m in study.methods if m.name == trial.method).lrs[0]:
+            task, data, *_ = fit(*trial.fit[1:])
+            assert data.labelled == load_yaml(path)["overrides"]["data.labelled"]
+            assert trial.lr in (task.optim.lr, task.optim.head_lr)
