@@ -85,7 +85,7 @@ def _segment(task: MedicalTask, found: dict[Path, str], out: Path, *, skip_bad: 
         drawn = picture_of(case, task.facts.class_names, labels, title=name)
         write_atomically(out / f"{name}.png", lambda file, drawn=drawn: file.write(drawn))
         done += 1
-    return f"{out}: {done} label maps" + _left_out(len(found) - done)
+    return f"{out}: {done} label map{'s' if done != 1 else ''}" + _left_out(len(found) - done)
 
 
 def _classify(task: MedicalTask, found: dict[Path, str], out: Path, *, skip_bad: bool) -> str:
