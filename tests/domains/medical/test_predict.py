@@ -74,7 +74,7 @@ def test_pictures_get_pictures(tmp_path):
     path.parent.mkdir()
     Image.fromarray((255 * image[0].numpy()).astype(np.uint8)).save(path)
     out = tmp_path / "out"
-    assert predict(task, [path.parent], out) == f"{out}: 1 label maps"
+    assert predict(task, [path.parent], out) == f"{out}: 1 label map"
     assert sorted(file.name for file in out.iterdir()) == ["skin_lesion.png", "skin_lesion_labels.png"]
     found = np.asarray(Image.open(out / "skin_lesion_labels.png"))
     assert np.array_equal(found, expected(task, path))
@@ -152,7 +152,7 @@ def test_a_dicom_series_is_one_volume(task, tmp_path):
     out = tmp_path / "out"
     assert predict(task, [tmp_path / "patients"], out) == f"{out}: 2 label maps"
     assert {path.name for path in out.glob("*.nii.gz")} == {"p1_t1.nii.gz", "p2.nii.gz"}
-    assert predict(task, [tmp_path / "patients" / "p2"], tmp_path / "one").endswith("1 label maps")
+    assert predict(task, [tmp_path / "patients" / "p2"], tmp_path / "one").endswith("1 label map")
     assert (tmp_path / "one" / "p2.nii.gz").is_file()
     found = nib.load(out / "p2.nii.gz")
     assert sorted(found.shape) == [10, 12, 14]
