@@ -247,7 +247,9 @@ def test_wrong_jobs_and_a_second_study_in_the_same_folder_are_refused(world):
 def test_a_stopped_study_leaves_no_process_and_goes_on_later(world, number):
     world.measure(sleep=60)
     fake = Path(__file__).with_name("fake_graft.py")
-    lines = ["import sys", "from pathlib import Path", "from common.compare import compare"]
+    lines = ["import signal, sys", "from pathlib import Path", "from common.compare import compare"]
+    # A shell starts what runs in its background with this signal ignored, which children inherit.
+    lines += ["signal.signal(signal.SIGINT, signal.default_int_handler)"]
     lines += [f"sys.exit(compare(Path('study.yaml'), jobs=2, command=(sys.executable, '-S', {str(fake)!r})))"]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     process = subprocess.Popen(
