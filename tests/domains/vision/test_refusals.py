@@ -31,7 +31,7 @@ from tests.domains.vision.conftest import write_recipe
         ("--peft.on [conv]", "Role 'conv' matches no module of this vit backbone. Roles it has: "),
         ("--peft.on []", "'on' is empty; give at least one of: "),
         ("--peft.init pisa", "Unknown peft.init 'pisa'. Did you mean 'pissa'? Allowed: "),
-        ("--model ImageClasification", "Unknown task 'ImageClasification'. Did you mean 'ImageClassification'? Allowed: "),
+        ("--model ImageClasification", "Unknown task 'ImageClasification'. Did you mean 'ImageClassification'? "),
         ("--model.bakbone x", "'bakbone' is no setting of ImageClassification. Did you mean 'backbone'? Allowed: "),
         ("--model.backbone test_vitt", "Unknown image backbone 'test_vitt'. Did you mean 'test_vit'? "),
         ("--model.backbone test_resnet", "Role 'attention' matches no module of this resnet backbone. Roles it has: "),
