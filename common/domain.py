@@ -24,6 +24,9 @@ class Domain:
         predict: `package.module:function` that runs an exported adapter on the user's files; it is called with the
             loaded task, the files, `out` (the CSV or folder to write, where the user names one) and `skip_bad`, and
             returns a line that sums up.
+        embed: `package.module:function` that writes the features of the user's files; it is called with the loaded task
+            or the name of a bare backbone, the files, `out` (the file to write, where the user names one), `residues`
+            (one vector a residue or sample, rather than one an input) and `skip_bad`, and returns a line that sums up.
         baselines: Public name to `package.module:function` of its predictors that are not trained. The function is
             called with the task (its facts known, nothing else built) and the set-up datamodule, and returns a
             predictor: a function of a batch that returns what the task's `infer` would.
@@ -34,6 +37,7 @@ class Domain:
     tasks: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     predict: str = ""
+    embed: str = ""
     baselines: Mapping[str, str] = field(default_factory=dict)
 
     def load_task(self, name: str) -> type[Any]:
@@ -60,6 +64,16 @@ class Domain:
         if not self.predict:
             raise GraftError(f"Domain '{self.name}' has no predict. Use the Python API.")
         return _function(self.predict)
+
+    def load_embed(self) -> Callable[..., Any]:
+        """Import the function that writes features of the user's files.
+
+        Raises:
+            GraftError: The domain embeds nothing.
+        """
+        if not self.embed:
+            raise GraftError(f"Domain '{self.name}' has no embed. Use the Python API.")
+        return _function(self.embed)
 
     def load_baseline(self, name: str) -> Callable[..., Any]:
         """Import one of the domain's baselines by its public name.

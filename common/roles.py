@@ -21,6 +21,7 @@ ROLES = (
     "ffn_in",
     "ffn_out",
     "conv",
+    "recurrent",
     "norm",
     "embed",
     "head",
@@ -28,7 +29,7 @@ ROLES = (
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "attention": ("attention_qkv", "attention_out"),
     "ffn": ("ffn_in", "ffn_out"),
-    "all": ("attention_qkv", "attention_out", "ffn_in", "ffn_out", "conv"),
+    "all": ("attention_qkv", "attention_out", "ffn_in", "ffn_out", "conv", "recurrent"),
 }
 
 NORMS: tuple[type[nn.Module], ...] = (

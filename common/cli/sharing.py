@@ -1,4 +1,4 @@
-"""`graft fetch`, `export`, `merge` and `predict`: what goes in and out of a run."""
+"""`graft fetch`, `export`, `merge`, `predict` and `embed`: what goes in and out of a run."""
 
 from __future__ import annotations
 
@@ -35,6 +35,16 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--skip-bad", action="store_true", help="count and leave out files that cannot be read")
     parser.add_argument("files", nargs="+", type=Path, help="files or folders")
     parser.set_defaults(handler=_predict)
+    parser = verbs.add_parser("embed", help="write a backbone's features of your own files")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--adapter", type=Path, help="a folder that `graft export` wrote")
+    source.add_argument("--backbone", help="a bare pretrained backbone of the domain")
+    parser.add_argument("--domain", help="the backbone's domain (default: the only one that embeds)")
+    parser.add_argument("--out", type=Path, help="the file to write (default: embeddings.safetensors)")
+    parser.add_argument("--residues", action="store_true", help="one vector a residue, instead of their mean")
+    parser.add_argument("--skip-bad", action="store_true", help="count and leave out what cannot be read")
+    parser.add_argument("files", nargs="+", type=Path, help="files or folders")
+    parser.set_defaults(handler=_embed)
 
 
 def _fetch(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
@@ -75,5 +85,30 @@ def _predict(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     task = load(args.adapter, domains)
     out = {} if args.out is None else {"out": args.out}
     summary = domains[task.domain].load_predict()(task, args.files, **out, skip_bad=args.skip_bad)
+    Console(highlight=False, soft_wrap=True).print(summary)
+    return 0
+
+
+def _embed(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.errors import GraftError, unknown
+    from common.exchange import load
+
+    able = sorted(name for name, domain in domains.items() if domain.embed)
+    if args.adapter is not None:
+        if args.domain is not None:
+            raise GraftError("An adapter knows its domain. Leave --domain out.")
+        source = load(args.adapter, domains)
+        domain = source.domain
+    else:
+        if args.domain is None and len(able) != 1:
+            raise GraftError(
+                f"Say which domain '{args.backbone}' is of with --domain: {', '.join(able) or 'none embeds'}."
+            )
+        source, domain = args.backbone, args.domain or able[0]
+        if domain not in domains:
+            raise unknown("domain", domain, able)
+    function = domains[domain].load_embed()
+    out = {} if args.out is None else {"out": args.out}
+    summary = function(source, args.files, **out, residues=args.residues, skip_bad=args.skip_bad)
     Console(highlight=False, soft_wrap=True).print(summary)
     return 0

@@ -54,6 +54,12 @@ def test_predict_is_a_function_of_a_module():
         Domain(name="x", summary="").load_predict()
 
 
+def test_embed_is_a_function_of_a_module():
+    assert Domain(name="x", summary="", embed="os.path:join").load_embed()("a", "b") == "a/b"
+    with pytest.raises(GraftError, match="'x' has no embed"):
+        Domain(name="x", summary="").load_embed()
+
+
 def test_a_baseline_is_a_function_of_a_module():
     assert DOMAINS["toy"].load_baseline("MostFrequent") is most_frequent
 

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from common.errors import GraftError
-from common.loading import EpochBatchSampler, StatefulLoader, eval_loader, item_rng, mix_seed, train_loader
+from common.loading import (
+    BucketBatchSampler,
+    EpochBatchSampler,
+    StatefulLoader,
+    bucketed_eval_loader,
+    bucketed_loader,
+    eval_loader,
+    item_rng,
+    mix_seed,
+    train_loader,
+)
 
 SIZES = st.integers(1, 60)
 BATCHES = st.integers(1, 17)
@@ -257,3 +267,111 @@ def test_lightning_knows_that_the_loader_has_a_state():
     loader = train_loader(Plain(), 3, seed=0)
     assert isinstance(loader, StatefulLoader)
     assert isinstance(loader, _Stateful)
+
+
+LENGTHS = st.lists(st.integers(1, 400), min_size=1, max_size=60)
+UNEVEN = [5, 300, 17, 17, 18, 120, 60, 9, 33, 80, 81, 19, 250, 7, 64, 30, 31]
+
+
+def bucket_sampler(lengths, tokens=400, *, epoch=0, rank=0, world=1, seed=5):
+    sampler = BucketBatchSampler(lengths, tokens, seed=seed)
+    sampler.rank, sampler.world = rank, world
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, tokens=st.integers(400, 2000), epoch=st.integers(0, 1000))
+def test_bucketed_epochs_take_every_index_once_within_the_budget(lengths, tokens, epoch):
+    sampler = bucket_sampler(lengths, tokens, epoch=epoch)
+    batches = list(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= tokens for batch in batches)
+    assert len(batches) == len(sampler) == len(bucket_sampler(lengths, tokens, epoch=epoch + 1))
+
+
+def test_buckets_hold_similar_lengths_and_pad_little():
+    lengths = torch.randint(20, 1000, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(bucket_sampler(lengths, 8000))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded / sum(lengths) < 1.1
+    assert sum(lengths) / len(batches) > 0.8 * 8000
+
+
+def test_bucketed_batches_are_mixed_anew_in_each_epoch():
+    lengths = [20 + i % 50 for i in range(500)]
+    first, again, second = (list(bucket_sampler(lengths, epoch=e)) for e in (0, 0, 1))
+    assert first == again
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in second}
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in first]
+    assert means != sorted(means)
+    assert first != list(bucket_sampler(lengths, seed=6))
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, world=st.integers(1, 5))
+def test_ranks_share_bucketed_batches_and_take_equally_many(lengths, world):
+    ranks = [list(bucket_sampler(lengths, rank=rank, world=world)) for rank in range(world)]
+    whole = len(bucket_sampler(lengths))
+    assert {len(rank) for rank in ranks} == {-(-whole // world)} == {len(bucket_sampler(lengths, world=world))}
+    assert {i for rank in ranks for batch in rank for i in batch} == set(range(len(lengths)))
+    assert sum(map(len, ranks)) - whole == -whole % world
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_a_bucketed_loader_resumes_at_any_position(position):
+    def loader():
+        return bucketed_loader(Numbers(len(UNEVEN)), UNEVEN, 300, seed=5)
+
+    whole, first, second = loader(), loader(), loader()
+    for each in (whole, first):
+        each.batch_sampler.set_epoch(2)
+    expected = collect(whole)
+    assert len(expected) > 4
+    batches = iter(first)
+    for _ in range(position):
+        next(batches)
+    second.load_state_dict(first.state_dict())
+    assert collect(second) == expected[position:]
+    for each in (whole, second):
+        each.batch_sampler.set_epoch(3)
+    assert collect(second) == collect(whole)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "named"),
+    [
+        ([*UNEVEN[:-1], 32], 300, "lengths was"),
+        ([*UNEVEN, 3], 300, "size was 17 and is 18"),
+        (UNEVEN, 301, "tokens_per_batch was 300 and is 301"),
+    ],
+)
+def test_a_state_of_another_bucketed_loader_is_refused(lengths, tokens, named):
+    state = bucketed_loader(Numbers(17), UNEVEN, 300, seed=5).state_dict()
+    with pytest.raises(GraftError, match=named):
+        bucketed_loader(Numbers(len(lengths)), lengths, tokens, seed=5).load_state_dict(state)
+
+
+def test_a_state_does_not_pass_from_plain_to_bucketed_batches():
+    state = train_loader(Numbers(17), 3, seed=5).state_dict()
+    with pytest.raises(GraftError, match="tokens_per_batch was None and is 300"):
+        bucketed_loader(Numbers(17), UNEVEN, 300, seed=5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", [bucketed_eval_loader, lambda *given: bucketed_loader(*given, seed=0)])
+def test_an_example_longer_than_the_budget_is_refused(make):
+    with pytest.raises(GraftError, match="tokens_per_batch is 299, the longest example has 300 tokens"):
+        make(Plain(17), UNEVEN, 299)
+
+
+def test_a_bucketed_loader_needs_examples():
+    with pytest.raises(GraftError, match="training split is empty"):
+        bucketed_loader(Plain(0), [], 100, seed=0)
+    assert list(bucketed_eval_loader(Plain(0), [], 100)) == []
+
+
+def test_bucketed_evaluation_takes_each_example_once_from_short_to_long():
+    batches = [batch.tolist() for batch in bucketed_eval_loader(Plain(17), UNEVEN, 300)]
+    order = [i for batch in batches for i in batch]
+    assert [UNEVEN[i] for i in order] == sorted(UNEVEN)
+    assert all(len(batch) * max(UNEVEN[i] for i in batch) <= 300 for batch in batches)

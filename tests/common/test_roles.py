@@ -107,6 +107,12 @@ def test_all_never_takes_head_norm_stem_or_embedding():
     assert set(resolve(toy_backbone(), FAMILY).select(["all"]).values()) <= set(GROUPS["all"])
 
 
+def test_recurrent_layers_are_weights_that_all_takes():
+    net = Net(gates=nn.Linear(2, 8), norm=nn.LayerNorm(2))
+    roles = resolve(net, family(recurrent=[Pattern("gates", LINEAR)], norm=[Pattern("norm", NORMS)]))
+    assert roles.select(["all"]) == roles.select(["recurrent"]) == {"gates": "recurrent"}
+
+
 def test_roles_may_overlap_and_come_in_the_models_order():
     roles = resolve(toy_backbone(), FAMILY)
     assert roles.select(["ffn", "attention", "ffn_in"]) == roles.select(["attention", "ffn"]) == roles.select(["all"])

@@ -1,0 +1,43 @@
+"""Proteins: classification, regression and residues with protein language models."""
+
+from __future__ import annotations
+
+from common.domain import Domain
+
+_DATA = "domains.protein.data"
+_TASKS = "domains.protein.tasks"
+_RESIDUE_TASKS = "domains.protein.residue_tasks"
+
+DOMAIN = Domain(
+    name="protein",
+    summary="proteins and peptides: classes, labels, values, residues and pairs with ESM-2, UniRep and other encoders",
+    tasks={
+        "SequenceClassification": _TASKS,
+        "SequenceRegression": _TASKS,
+        "MultiLabel": _TASKS,
+        "PairClassification": _TASKS,
+        "ResidueClassification": _RESIDUE_TASKS,
+        "MaskedLM": _RESIDUE_TASKS,
+    },
+    data=dict.fromkeys(
+        (
+            "AntimicrobialPeptides",
+            "EnzymeClass",
+            "Superkingdom",
+            "ProteinCSV",
+            "ProteinFASTA",
+            "ResidueCSV",
+            "PairCSV",
+            "FLIP",
+            "Unlabelled",
+        ),
+        _DATA,
+    ),
+    predict="domains.protein.predict:predict",
+    embed="domains.protein.embed:embed",
+    baselines={
+        "MajorityClass": "domains.protein.baselines:majority_class",
+        "Composition": "domains.protein.baselines:composition",
+        "KmerNearest": "domains.protein.baselines:kmer_nearest",
+    },
+)
