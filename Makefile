@@ -27,7 +27,8 @@ install: $(READY)
 # error of the second line says which file to get and how to hand it over.
 artifacts: $(READY)
 	$(BIN)/graft fetch vit-small-patch14-focus efficientnet-lite0
-	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases
+	$(BIN)/graft fetch unirep-256 modlamp
+	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases uniprot-sample
 
 demo: artifacts
 	$(BIN)/graft compare configs/demo.yaml

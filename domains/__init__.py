@@ -5,6 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.domain import Domain
-from domains import medical, vision
+from domains import medical, protein, vision
 
-DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (vision.DOMAIN, medical.DOMAIN)}
+DOMAINS: Mapping[str, Domain] = {domain.name: domain for domain in (vision.DOMAIN, medical.DOMAIN, protein.DOMAIN)}
