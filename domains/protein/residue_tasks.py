@@ -127,7 +127,8 @@ class MaskedLM(ProteinTask):
 
     A masked language model has to tell `share` of the residues, of which 80 % are hidden, 10 % replaced by a random
     amino acid and 10 % left (arXiv 1810.04805); a model that reads from left to right has to tell each next residue.
-    In evaluation the same residues of a protein are asked for every time.
+    Only the 20 standard amino acids are asked for. In evaluation the same residues of a protein are asked for every
+    time.
 
     The head is the backbone's own output layer and is trained along with the adapter.
 
@@ -246,11 +247,13 @@ class MaskedLM(ProteinTask):
         Returns:
             What the backbone is given and what it is to tell (`IGNORE` where it is not asked), both (B, L).
         """
+        # Letters that stand for several amino acids, or that a backbone has no symbol for, are read, never asked for.
+        standard = batch.mask & (batch.residues < len(STANDARD))
         if self._built.causal:
-            return batch.residues, batch.residues.masked_fill(~batch.mask, IGNORE)
-        which, what = draws[0].masked_fill(~batch.mask, 2.0), draws[1]
+            return batch.residues, batch.residues.masked_fill(~standard, IGNORE)
+        which, what = draws[0].masked_fill(~standard, 2.0), draws[1]
         least = which.amin(dim=1, keepdim=True)
-        asked = batch.mask & ((which < self.settings["share"]) | (which == least))
+        asked = standard & ((which < self.settings["share"]) | (which == least))
         given = batch.residues.masked_fill(asked & (what < _HIDDEN), MASK)
         given = torch.where(asked & (what >= _HIDDEN) & (what < _HIDDEN + _REPLACED), letters, given)
         return given, batch.residues.masked_fill(~asked, IGNORE)

@@ -181,6 +181,18 @@ def test_residues_are_hidden_replaced_and_left_by_their_shares():
     assert int(given[changed].max()) < 20
 
 
+@pytest.mark.parametrize("backbone", [ESM, UNIREP])
+def test_letters_without_a_symbol_are_never_asked_for(backbone):
+    data = data_of("unlabelled")
+    made = task_of(LORA, data, MaskedLM, backbone=backbone)
+    batch = batch_of(data)
+    odd = batch._replace(residues=torch.where(batch.mask & (batch.residues < 5), 25, batch.residues))  # J
+    _, wanted = made._hide_fixed(odd)
+    assert int(wanted.max()) < 20
+    torch.manual_seed(0)
+    assert float(made.compute_loss(odd)) < 100
+
+
 def test_evaluation_asks_for_the_same_residues_in_any_batch():
     data = data_of("unlabelled")
     made = task_of(LORA, data, MaskedLM)
