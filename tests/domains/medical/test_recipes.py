@@ -9,10 +9,8 @@ from unittest import mock
 import pytest
 import timm
 
-from common import run as runs
 from common._yaml import load_yaml
 from common.attach import probe
-from common.cli import run as graft
 from common.compare.study import load_study
 from common.methods import METHODS
 from domains import DOMAINS
@@ -21,30 +19,6 @@ from domains.medical.data import VolumeData, VolumeFacts
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "medical").glob("*.yaml"))
 STUDIES = [ROOT / "configs/demo_medical.yaml", *sorted((ROOT / "configs" / "studies").glob("macaque_*.yaml"))]
-
-
-class Captured(Exception):
-    """What a fit would have been given."""
-
-
-@pytest.fixture
-def fit(monkeypatch):
-    """Run `graft fit` up to the moment that training would start."""
-    caught = []
-
-    def capture(task, data, run, **options):
-        caught.append((task, data, run, options))
-        raise Captured
-
-    monkeypatch.setattr(runs, "fit", capture)
-    monkeypatch.chdir(ROOT)
-
-    def call(*argv):
-        with pytest.raises(Captured):
-            graft(["fit", *map(str, argv)], DOMAINS)
-        return caught.pop()
-
-    return call
 
 
 def test_there_are_recipes():

@@ -8,43 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import run as runs
 from common._yaml import load_yaml
 from common.attach import probe
-from common.cli import run as graft
 from common.methods import METHODS
 from domains.protein import _task
 from domains.protein.data import ProteinData, ProteinFacts
 from domains.protein.residue_tasks import MaskedLM
-from tests.domains.protein.conftest import DOMAINS, NAMES
+from tests.domains.protein.conftest import NAMES
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "protein").glob("*.yaml"))
 PUBLISHED = [path for path in RECIPES if path.stem.startswith("esm2")]
-
-
-class Captured(Exception):
-    """What a fit would have been given."""
-
-
-@pytest.fixture
-def fit(monkeypatch):
-    """Run `graft fit` up to the moment that training would start."""
-    caught = []
-
-    def capture(task, data, run, **options):
-        caught.append((task, data, run, options))
-        raise Captured
-
-    monkeypatch.setattr(runs, "fit", capture)
-    monkeypatch.chdir(ROOT)
-
-    def call(*argv):
-        with pytest.raises(Captured):
-            graft(["fit", *map(str, argv)], DOMAINS)
-        return caught.pop()
-
-    return call
 
 
 def test_there_are_recipes():
