@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.errors import GraftError, unknown
+from common.starters import starter_file
 from common.task import Backbone
 from domains.medical.backbones._bundle import read_bundle
 from domains.medical.backbones._nets import NETS, create
 from domains.medical.backbones._weights import load, read
-from domains.medical.starters import STARTERS, starter_file
+from domains.medical.starters import STARTERS
 
 __all__ = ["NETS", "MedicalBackbone", "build", "features"]
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from common.errors import GraftError
+from common.starters import is_starter_file
 from domains.medical.backbones._nets import NETS, Built
-from domains.medical.starters import is_starter_file, load_starter
+from domains.medical.starters import classes_of, load_segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class Weights:
 
 
 def read(path: Path, arch: str) -> Weights:
-    """Read a starter file (see `load_starter`), or a state dict of the whole network.
+    """Read a starter file (see `common.starters`), or a state dict of the whole network.
 
     Args:
         path: A `.safetensors` or torch file; nothing in it is run.
@@ -45,8 +46,8 @@ def read(path: Path, arch: str) -> Weights:
     from common.images.backbones import read_weights
 
     if is_starter_file(path):
-        starter = load_starter(path)
-        return Weights(backbone=starter.backbone, head=starter.head, classes=starter.classes)
+        starter = load_segmenter(path)
+        return Weights(backbone=starter.backbone, head=starter.head, classes=classes_of(starter))
     state = read_weights(path)
     if state and all(name.startswith("module.") for name in state):  # written from within DataParallel
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}

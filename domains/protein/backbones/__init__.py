@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from common.errors import GraftError, unknown
+from common.starters import load_starter, starter_file
 from domains.protein.backbones._backbone import ProteinBackbone, lm_features, lm_logits, residue_features
 from domains.protein.backbones._esm import ESM, EsmSize, read_fair_esm
 from domains.protein.backbones._families import UNIREP
 from domains.protein.backbones._huggingface import Encoder, esm_encoder, load_encoder
 from domains.protein.backbones._tokens import MASK, LanguageModelHead, TokenMap, unirep_tokens
 from domains.protein.backbones._unirep import COLUMNS, SIZES, UniRep, read_unirep
-from domains.protein.starters import STARTERS, load_starter, starter_file
+from domains.protein.starters import STARTERS
 
 __all__ = [
     "MASK",

@@ -16,8 +16,9 @@ from common.errors import GraftError
 from common.images import backbones as image_backbones
 from common.methods import METHODS
 from common.roles import resolve
+from common.starters import save_starter
 from domains.medical.backbones import build, features
-from domains.medical.starters import STARTERS, save_starter
+from domains.medical.starters import STARTERS, stated
 from tests.domains.medical.nets import CLASSES, NETS, arguments, build_net, images, upstream, whole
 from tests.toy import SMALL
 
@@ -132,7 +133,7 @@ def test_weights_that_would_run_code_are_refused_and_run_nothing(tmp_path):
 # ---- starters
 
 
-def starter_weights(path, **metadata):
+def starter_weights(path, classes=NAMES):
     """Write a random network of the starter's architecture as a starter file; return the network."""
     torch.manual_seed(5)
     args = dict(STARTERS["unet3d-colin"].net)
@@ -140,7 +141,7 @@ def starter_weights(path, **metadata):
     state = net.state_dict()
     parts = [{k: v for k, v in state.items() if k.startswith("model.2.") == head} for head in (False, True)]
     layer = {name.removeprefix("model.2."): tensor for name, tensor in parts[1].items()}
-    save_starter(path, parts[0], layer, {"classes": NAMES, "spacing": (2, 2, 2), "recipe": "test"} | metadata)
+    save_starter(path, parts[0], layer, stated(classes, (2, 2, 2), "test"))
     return net
 
 

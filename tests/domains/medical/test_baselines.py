@@ -12,11 +12,12 @@ from scipy.spatial.distance import cdist
 from common.errors import GraftError
 from common.methods import LinearProbe, LoRA
 from common.run import baseline
+from common.starters import save_starter
 from domains.medical.backbones import build
 from domains.medical.baselines import mirror_copy, nearest_slice, signed_distance, zero_shot
 from domains.medical.data._dataset import Loaded
 from domains.medical.data._records import IGNORE, Case, VolumeBatch
-from domains.medical.starters import save_starter
+from domains.medical.starters import stated
 from domains.medical.tasks import Segmentation
 from tests.domains.medical.conftest import CLASSES, NETS, SPACING, Balls, SlicedBalls, options
 
@@ -110,8 +111,7 @@ def starter(tmp_path):
     torch.manual_seed(0)
     built = build("UNet", spatial_dims=3, channels=1, classes=3, patch_size=(8, 8, 8), pretrained=False, net=NETS[3])
     path = tmp_path / "starter.safetensors"
-    metadata = {"classes": CLASSES, "spacing": SPACING, "recipe": "none"}
-    save_starter(path, built.model.state_dict(), built.output.state_dict(), metadata)
+    save_starter(path, built.model.state_dict(), built.output.state_dict(), stated(CLASSES, SPACING, "none"))
     return path
 
 
