@@ -18,12 +18,14 @@ DOMAIN = Domain(
         "PairClassification": _TASKS,
         "ResidueClassification": _RESIDUE_TASKS,
         "MaskedLM": _RESIDUE_TASKS,
+        "Distillation": "domains.protein.distillation",
     },
     data=dict.fromkeys(
         (
             "AntimicrobialPeptides",
             "EnzymeClass",
             "Superkingdom",
+            "UniProtFragments",
             "ProteinCSV",
             "ProteinFASTA",
             "ResidueCSV",

@@ -16,30 +16,39 @@ Listing = tuple[Sequence[Record], Mapping[str, int]]
 """Labelled records, copies included, and what was left out, in words, with counts."""
 
 
-def read_set(key: str, row: str, read: Callable[[], Listing], class_names: Sequence[str]) -> Contents:
-    """Return a classification set, splitting it by similarity at the first call.
+def read_set(
+    key: str,
+    row: str,
+    read: Callable[[], Listing],
+    class_names: Sequence[str] = (),
+    fractions: Mapping[Split, float] = FRACTIONS,
+) -> Contents:
+    """Return a set, splitting it by similarity at the first call.
 
     Args:
         key: Name of the set in the cache; another one for other rules.
         row: Its catalog row.
         read: Lists its records.
-        class_names: The classes, in the order of their labels.
+        class_names: The classes, in the order of their labels; none for a set without labels.
+        fractions: Share of each split.
 
     Raises:
         GraftError: The row's file is not in the cache and cannot be fetched.
     """
-    folder = artifacts.prepared(f"{key}-{artifacts.row(row).sha256[:12]}", lambda scratch: _build(scratch, read))
+    kind: Kind = "classes" if class_names else "unlabelled"
+    folder = artifacts.prepared(
+        f"{key}-{artifacts.row(row).sha256[:12]}", lambda scratch: _build(scratch, read, kind, fractions)
+    )
     whole = json.loads((folder / "set.json").read_text(encoding="utf-8"))
     records = [Record(name, sequence, label) for name, sequence, label, _ in whole["records"]]
     sides: list[Split] = [side for *_, side in whole["records"]]
-    return contents(records, sides, "classes", class_names, whole["left_out"], whole["leak"])
+    return contents(records, sides, kind, class_names, whole["left_out"], whole["leak"])
 
 
-def _build(folder: Path, read: Callable[[], Listing]) -> None:
-    kind: Kind = "classes"
+def _build(folder: Path, read: Callable[[], Listing], kind: Kind, fractions: Mapping[Split, float]) -> None:
     listed, dropped = read()
     records, _, left_out = merge_copies(listed, [None] * len(listed), kind)
-    sides = similarity_split(records, kind, FRACTIONS)
+    sides = similarity_split(records, kind, fractions)
     whole = {
         "records": [(r.id, r.sequence, r.label, side) for r, side in zip(records, sides, strict=True)],
         "left_out": {**dropped, **left_out},

@@ -1,14 +1,18 @@
-"""Two sets out of a sample of UniProt: what reaction an enzyme speeds up, and which superkingdom a protein is from."""
+"""Sets out of a sample of UniProt: the reaction an enzyme speeds up, the superkingdom, and pieces without labels."""
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from common import artifacts
+from common.errors import GraftError
 from domains.protein.data._prepared import Listing, read_set
 from domains.protein.data._reading import parse_fasta
-from domains.protein.data._records import Contents, Record
+from domains.protein.data._records import Contents, Record, Split, stable_hash
 from domains.protein.data._uniprot import (
     ENZYME_CLASSES,
     SUPERKINGDOMS,
@@ -22,6 +26,7 @@ from domains.protein.data.base import ProteinData
 ROW = "uniprot-sample"
 MEMBER = "usr/share/doc/mmseqs2/example-data/DB.fasta.gz"
 _LEAST_LENGTH = 30
+_FOR_TRAINING: Mapping[Split, float] = {"train": 0.96, "val": 0.02, "test": 0.02}
 
 
 class EnzymeClass(ProteinData):
@@ -60,6 +65,54 @@ class Superkingdom(ProteinData):
 
     def _read(self) -> Contents:
         return read_set("superkingdom-1", ROW, lambda: _listed(lambda h: superkingdom(h.organism)), SUPERKINGDOMS)
+
+
+class UniProtFragments(ProteinData):
+    """All proteins of a UniProt sample without labels, cut into pieces: to train or distil a language model.
+
+    Each protein is cut from its first residue on into pieces of `shortest` to `max_length` residues, the lengths spread
+    evenly on a logarithmic scale by a hash of its accession; so an epoch shows every residue once, and batches of
+    pieces from the length of a peptide to that of a domain. A last piece below `shortest` is left out. Proteins are
+    kept apart by the rule of `EnzymeClass`, about 96/2/2 %.
+
+    What to know when reading a result: the labelled sets of this module are drawn from the same sample, so a model that
+    was trained on this set has read their test proteins, though without labels.
+
+    Args:
+        shortest: Fewest residues of a piece.
+        max_length: Most residues of a piece.
+        **kwargs: See `ProteinData`.
+
+    Raises:
+        GraftError: An argument is out of range.
+    """
+
+    def __init__(self, shortest: int = 10, max_length: int = 128, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(max_length=max_length, **kwargs)
+        if not 1 <= shortest <= max_length:
+            raise GraftError(f"shortest is {shortest}; give 1 to max_length, which is {max_length}.")
+        self.shortest = shortest
+
+    def prepare_data(self) -> None:
+        """Fetch the archive and split the proteins, once."""
+        self._read()
+
+    def _read(self) -> Contents:
+        whole = read_set("uniprot-all-1", ROW, lambda: _listed(lambda _: ""), fractions=_FOR_TRAINING)
+        splits = {
+            split: [piece for record in records for piece in self._pieces(record)]
+            for split, records in whole.splits.items()
+        }
+        return dataclasses.replace(whole, splits=splits)
+
+    def _pieces(self, record: Record) -> Iterator[Record]:
+        octaves = math.log2((self.max_length + 1) / self.shortest)
+        start = 0
+        while len(record.sequence) - start >= self.shortest:
+            share = stable_hash(record.id, str(start)) / 2**64
+            end = min(start + int(self.shortest * 2 ** (share * octaves)), len(record.sequence))
+            yield Record(f"{record.id}/{start + 1}-{end}", record.sequence[start:end])
+            start = end
 
 
 def _listed(label_of: Callable[[Header], str | None]) -> Listing:
