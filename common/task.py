@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from common import checkpoint as ckpt
 from common.attach import Attached, attach, probe
 from common.errors import GraftError
+from common.frozen import FrozenPrefix, FrozenRows
 from common.loading import StatefulLoader, mix_seed
 from common.methods import MethodSpec
 from common.roles import Family
@@ -108,6 +109,7 @@ class AdaptedTask(L.LightningModule):
         self.attached: Attached
         self._expected_state: set[str] = set()
         self.backbone_name = ""
+        self.frozen_rows: FrozenRows | None = None  # in a trainer's hands, where `frozen_prefix` names something
 
     # ---- slots --------------------------------------------------------------------------------------------------
 
@@ -170,6 +172,10 @@ class AdaptedTask(L.LightningModule):
         """Return what is to be kept of a test batch's outputs for `predictions`; all, unless overridden."""
         return outputs
 
+    def frozen_prefix(self) -> FrozenPrefix | None:
+        """Return what never changes while a run lasts, for `features` to read its outputs off `frozen_rows`."""
+        return None
+
     def usage(self) -> str:
         """Return Python lines that load this task's export with plain libraries, for the model card."""
         raise NotImplementedError
@@ -184,6 +190,8 @@ class AdaptedTask(L.LightningModule):
         self.assemble()
         probe(self.attached, lambda: self.features(self.example_batch()))
         self._expected_state = self._state_keys()
+        prefix = self.frozen_prefix()
+        self.frozen_rows = FrozenRows(prefix, self) if prefix else None
 
     def _datamodule(self) -> Any:  # noqa: ANN401
         """Return the trainer's datamodule, whose `facts` a task is built from."""

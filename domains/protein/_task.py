@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from common.errors import GraftError, unknown
+from common.frozen import FrozenPrefix, content
 from common.methods import MethodSpec
 from common.task import AdaptedTask, Backbone, OptimSpec
 from domains.protein._alphabet import PAD, STANDARD
@@ -98,7 +100,39 @@ class ProteinTask(AdaptedTask):
 
     def features(self, batch: ProteinBatch) -> Tensor:
         """Return the backbone's features (B, L, width), one vector a residue."""
-        return residue_features(self._built, self.backbone, batch.residues, batch.mask)
+        return self._residue_features(batch)
+
+    def _residue_features(self, batch: ProteinBatch, *, start: bool = False) -> Tensor:
+        """Return `residue_features`, out of the cache where there is one."""
+        if self.frozen_rows is None:
+            return residue_features(self._built, self.backbone, batch.residues, batch.mask, start=start)
+        items = [row[mask].unsqueeze(0) for row, mask in zip(batch.residues.cpu(), batch.mask.cpu(), strict=True)]
+
+        def alone(position: int) -> tuple[Tensor]:
+            residues = items[position].to(batch.residues.device)
+            mask = torch.ones_like(residues, dtype=torch.bool)
+            return (residue_features(self._built, self.backbone, residues, mask, start=start)[0],)
+
+        rows = self.frozen_rows.rows([content(item) for item in items], alone)
+        length = batch.residues.shape[1] + start
+        return torch.stack([functional.pad(row[0], (0, 0, 0, length - len(row[0]))) for row in rows])
+
+    def frozen_prefix(self) -> FrozenPrefix | None:
+        """Return the whole backbone where its features are to be cached.
+
+        Raises:
+            GraftError: Training takes other stretches of long proteins in every epoch.
+        """
+        if not self.settings.get("cache_features"):
+            return None
+        facts = self.facts
+        if facts.long == "window" and facts.kind != "residues" and facts.counts["long"]:
+            raise GraftError(
+                f"cache_features needs the same residues in every epoch, and {facts.counts['long']} protein(s) are "
+                "longer than max_length. Raise max_length, or set long to truncate."
+            )
+        transform = {"backbone": self._built.name, "start": self.settings.get("pooling") == "cls"}
+        return FrozenPrefix(modules={"backbone": self.backbone}, transform=transform)
 
     def forward(self, batch: ProteinBatch) -> Tensor:
         """Return the head's output for a batch."""

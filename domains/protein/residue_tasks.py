@@ -42,6 +42,8 @@ class ResidueClassification(ProteinTask):
         layers: Keep only the first layers of the backbone.
         pretrained: Start from pretrained weights.
         weights: A local file of weights, instead of the backbone's own.
+        cache_features: Keep what a frozen backbone makes of each protein on disk, for later epochs and runs; with
+            LinearProbe.
         seed: Seed of head, adapter and training steps.
         gradient_checkpointing: Recompute blocks in the backward pass.
     """
@@ -57,6 +59,7 @@ class ResidueClassification(ProteinTask):
         layers: int | None = None,
         pretrained: bool = True,
         weights: str | None = None,
+        cache_features: bool = False,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -66,6 +69,7 @@ class ResidueClassification(ProteinTask):
             "layers": layers,
             "pretrained": pretrained,
             "weights": weights,
+            "cache_features": cache_features,
         }
         super().__init__(
             peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing

@@ -15,7 +15,6 @@ from common.methods import MethodSpec
 from common.task import OptimSpec
 from domains.protein._alphabet import PAD
 from domains.protein._task import ClassWeights, ProteinTask
-from domains.protein.backbones import residue_features
 from domains.protein.data._records import ProteinBatch, Record
 from domains.protein.heads import HeadKind, PairHead, PooledProteinHead, Pooling
 from domains.protein.metrics import class_metrics, label_metrics, value_metrics
@@ -34,6 +33,8 @@ class PooledTask(ProteinTask):
         layers: Keep only the first layers of the backbone.
         pretrained: Start from pretrained weights.
         weights: A local file of weights, instead of the backbone's own.
+        cache_features: Keep what a frozen backbone makes of each protein on disk, for later epochs and runs; with
+            LinearProbe.
         seed: Seed of head, adapter and training steps.
         gradient_checkpointing: Recompute blocks in the backward pass.
     """
@@ -49,6 +50,7 @@ class PooledTask(ProteinTask):
         layers: int | None = None,
         pretrained: bool = True,
         weights: str | None = None,
+        cache_features: bool = False,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -60,6 +62,7 @@ class PooledTask(ProteinTask):
             "layers": layers,
             "pretrained": pretrained,
             "weights": weights,
+            "cache_features": cache_features,
         }
         super().__init__(
             peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing
@@ -68,7 +71,7 @@ class PooledTask(ProteinTask):
     def features(self, batch: ProteinBatch) -> Tensor:
         """Return the features (B, L, width), or (B, 1 + L, width) with the start token where `cls` is pooled by."""
         start = self.settings["pooling"] == "cls"
-        return residue_features(self._built, self.backbone, batch.residues, batch.mask, start=start)
+        return self._residue_features(batch, start=start)
 
     def build_head(self) -> nn.Module:
         """Build pooling and output layer."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
+from common.errors import GraftError
+from common.frozen import FrozenPrefix, content
 from common.images.backbones import ImageBackbone, build, last_norm, takes_size, tokens
 from common.methods import MethodSpec
 from common.task import AdaptedTask, OptimSpec
@@ -32,6 +34,8 @@ class ImageClassification(AdaptedTask):
         pretrained: Start from pretrained weights.
         weights: A local state dict for a timm model, instead of the hub's.
         label_smoothing: Share of the target mass spread over all classes.
+        cache_features: Keep what a frozen backbone makes of each image on disk, for later epochs and runs; with
+            LinearProbe and without augmentation.
         seed: Seed of head, adapter and training steps.
         gradient_checkpointing: Recompute blocks in the backward pass.
     """
@@ -52,6 +56,7 @@ class ImageClassification(AdaptedTask):
         pretrained: bool = True,
         weights: str | None = None,
         label_smoothing: float = 0.0,
+        cache_features: bool = False,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -64,6 +69,7 @@ class ImageClassification(AdaptedTask):
             "pretrained": pretrained,
             "weights": weights,
             "label_smoothing": label_smoothing,
+            "cache_features": cache_features,
         }
         super().__init__(
             peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing
@@ -106,9 +112,32 @@ class ImageClassification(AdaptedTask):
         return MetricCollection(metrics, compute_groups=False)
 
     def features(self, batch: ImageBatch) -> Tensor:
-        """Return the backbone's tokens (B, N, C) for uint8 images (B, 3, H, W)."""
-        images = (batch[0].to(self.mean.dtype) / 255.0 - self.mean) / self.std  # type: ignore[operator]
-        return tokens(self.backbone, images)
+        """Return the backbone's tokens (B, N, C) for uint8 images (B, 3, H, W), or (B, 1, C) out of the cache."""
+        images = batch[0]
+        if self.frozen_rows is None:
+            return self._tokens(images)
+        identities = [content(image) for image in images.cpu()]
+        read = 1 if self.head.pooling == "cls" else None  # all that the head reads
+        rows = self.frozen_rows.rows(identities, lambda item: (self._tokens(images[item : item + 1])[0, :read],))
+        return torch.stack([row[0] for row in rows])
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        normalised = (images.to(self.mean.dtype) / 255.0 - self.mean) / self.std  # type: ignore[operator]
+        return tokens(self.backbone, normalised)
+
+    def frozen_prefix(self) -> FrozenPrefix | None:
+        """Return the whole backbone where its features are to be cached.
+
+        Raises:
+            GraftError: The data augments, so that no image comes twice.
+        """
+        if not self.settings["cache_features"]:
+            return None
+        if getattr(self._datamodule(), "augment", False):
+            raise GraftError("cache_features needs the same images in every epoch. Set the data's augment to false.")
+        built, pooling = self._built, self.head.pooling
+        transform = {"backbone": built.name, "mean": built.mean, "std": built.std, "class_token": pooling == "cls"}
+        return FrozenPrefix(modules={"backbone": self.backbone}, transform=transform)
 
     def targets(self, batch: ImageBatch) -> Tensor:
         """Return the labels (B,)."""
