@@ -1,18 +1,19 @@
 """Roles: what the modules of a backbone are, so that a user says `attention` and never `blocks.3.attn.qkv`.
 
 A `Family` maps each role to name patterns *and* the module types that may carry it. `resolve` returns the exact module
-names of one model; nothing is ever matched by a substring or a suffix.
+names of one model; nothing is ever matched by a substring or a suffix. A role may be narrowed down to blocks by depth,
+`attention@last:4`, or to a part of the backbone, `attention@decoder`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from common.errors import GraftError, unknown
+from common.errors import GraftError, suggest, unknown
 
 ROLES = (
     "stem",
@@ -65,13 +66,25 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A backbone family: its roles, and the name pattern of its blocks in forward order."""
+    """A backbone family: its roles, and the name pattern of its blocks in forward order.
+
+    Attributes:
+        name: Name for messages and model cards.
+        roles: Role to the patterns of the modules that carry it.
+        block: Pattern (matched in full) of the names of its blocks.
+        parts: Parts that a user may choose, such as `encoder`, each with the pattern (matched in full) of the name of
+            the module that holds it.
+    """
 
     name: str
     roles: Mapping[str, tuple[Pattern, ...]]
     block: str
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for part in self.parts:
+            if not part.isidentifier():
+                raise GraftError(f"Part '{part}' of family '{self.name}' needs a name of letters, digits and '_'.")
         for role in self.roles:
             if role not in ROLES:
                 raise unknown("role", role, ROLES)
@@ -85,11 +98,13 @@ class RoleMap:
         family: Name of the family.
         role_of: Module name to role, in the model's order.
         blocks: Names of the blocks, first to last.
+        parts: Part to the names of the modules that hold it, for the parts that this model has.
     """
 
     family: str
     role_of: Mapping[str, str]
     blocks: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def count(self) -> dict[str, int]:
         """Return how many modules carry each role."""
@@ -103,29 +118,70 @@ class RoleMap:
 
         Args:
             on: Roles (`ffn_in`) or groups (`attention`, `ffn`, `all`). `all` takes every role that a weight adapter can
-                act on and never the head, the norms, the stem or an embedding.
+                act on and never the head, the norms, the stem or an embedding. Each may be narrowed down by `@first:N`
+                or `@last:N`, the first or last N of the blocks that hold such modules, and by `@PART`, a part that the
+                family names. Narrowings apply from left to right: `attention@decoder@last:2`.
 
         Returns:
             Module name to role, in the model's order.
 
         Raises:
-            GraftError: An unknown role, or one that matches no module of this model.
+            GraftError: An unknown role or part, one that matches no module of this model, or more blocks than there
+                are.
         """
         if not on:
             raise GraftError(f"'on' is empty; give at least one of: {', '.join(self._offer())}.")
         wanted: set[str] = set()
-        present = set(self.role_of.values())
         for item in on:
-            if item not in ROLES and item not in GROUPS:
-                raise unknown("role", item, (*ROLES, *GROUPS))
-            roles = set(GROUPS.get(item, (item,)))
-            if not roles & present:
-                raise GraftError(
-                    f"Role '{item}' matches no module of this {self.family} backbone. "
-                    f"Roles it has: {', '.join(self._offer())}. Change 'on'."
-                )
-            wanted |= roles
-        return {name: role for name, role in self.role_of.items() if role in wanted}
+            role, *narrowings = item.split("@")
+            wanted.update(self._narrow(item, self._carrying(role), narrowings))
+        return {name: role for name, role in self.role_of.items() if name in wanted}
+
+    def _carrying(self, item: str) -> list[str]:
+        """Return the modules that carry a role or a role of a group."""
+        if item not in ROLES and item not in GROUPS:
+            raise unknown("role", item, (*ROLES, *GROUPS))
+        roles = GROUPS.get(item, (item,))
+        names = [name for name, role in self.role_of.items() if role in roles]
+        if not names:
+            raise GraftError(
+                f"Role '{item}' matches no module of this {self.family} backbone. "
+                f"Roles it has: {', '.join(self._offer())}. Change 'on'."
+            )
+        return names
+
+    def _narrow(self, item: str, names: list[str], narrowings: Sequence[str]) -> list[str]:
+        """Narrow the modules down, step by step."""
+        for how in narrowings:
+            end, _, number = how.partition(":")
+            if how in self.parts:
+                names = _within(names, self.parts[how])
+                if not names:
+                    raise GraftError(
+                        f"'{item}' matches no module of this {self.family} backbone: nothing of the role is left in "
+                        f"its {how}. Change 'on'."
+                    )
+            elif end in ("first", "last"):
+                blocks = [block for block in self.blocks if _within(names, [block])]
+                names = _within(names, self._ends(item, blocks, end, number))
+            else:
+                offer = suggest(how, ["first:N", "last:N", *self.parts])
+                raise GraftError(f"'{item}' asks for '{how}' of this {self.family} backbone.{offer}")
+        return names
+
+    def _ends(self, item: str, blocks: list[str], end: str, number: str) -> list[str]:
+        """Return the wanted number of blocks, from the first on or up to the last."""
+        if not blocks:
+            raise GraftError(
+                f"'{item}' asks for the {end} blocks, but no block of this {self.family} backbone holds such modules. "
+                f"Leave '@{end}:{number}' out."
+            )
+        if not re.fullmatch("[0-9]+", number) or not 1 <= int(number) <= len(blocks):
+            raise GraftError(
+                f"'{item}' asks for the {end} '{number}' blocks, and {len(blocks)} blocks of this {self.family} "
+                f"backbone hold such modules; give a whole number from 1 to {len(blocks)}, as in '{end}:1'."
+            )
+        return blocks[: int(number)] if end == "first" else blocks[-int(number) :]
 
     def _offer(self) -> list[str]:
         counts = self.count()
@@ -137,18 +193,21 @@ def resolve(model: nn.Module, family: Family) -> RoleMap:
     """Find the role of every module of a model, by name and type.
 
     A norm without parameters of its own is left out, since nothing in it can be trained. Blocks are ordered as they
-    stand in the model.
+    stand in the model; parts that it has not are left out.
 
     Raises:
         GraftError: The family's patterns match nothing in this model, or give one module two roles.
     """
     role_of: dict[str, str] = {}
     blocks: list[str] = []
+    parts: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not name:
             continue
         if re.fullmatch(family.block, name):
             blocks.append(name)
+        for part in (part for part, pattern in family.parts.items() if re.fullmatch(pattern, name)):
+            parts.setdefault(part, []).append(name)
         roles = [role for role, patterns in family.roles.items() if any(p.matches(name, module) for p in patterns)]
         if len(roles) > 1:
             raise GraftError(f"Module '{name}' carries two roles ({', '.join(roles)}) in family '{family.name}'.")
@@ -159,4 +218,11 @@ def resolve(model: nn.Module, family: Family) -> RoleMap:
             f"Family '{family.name}' matches no module of {type(model).__name__}. "
             "Choose the family that this architecture belongs to, or give 'target_modules'."
         )
-    return RoleMap(family=family.name, role_of=role_of, blocks=tuple(blocks))
+    held = {part: tuple(names) for part, names in parts.items()}
+    return RoleMap(family=family.name, role_of=role_of, blocks=tuple(blocks), parts=held)
+
+
+def _within(names: Iterable[str], outer: Iterable[str]) -> list[str]:
+    """Return the names of the modules that are among these outer ones or lie in them."""
+    prefixes = tuple(f"{name}." for name in outer)
+    return [name for name in names if f"{name}.".startswith(prefixes)]

@@ -32,7 +32,13 @@ FAMILY = Family(
 )
 
 
-SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4}, "ConvAdapter": {"target_modules": ["mix"]}}
+SMALL = {
+    "LoRA": {"rank": 2},
+    "VeRA": {"rank": 4},
+    "ConvAdapter": {"target_modules": ["mix"]},
+    "Houlsby": {"width": 3},
+    "Pfeiffer": {"width": 3},
+}
 
 
 def spec_of(method, **settings):

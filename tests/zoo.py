@@ -23,7 +23,7 @@ FAMILY = Family(
         "norm": (Pattern(r".*", NORMS),),
     },
 )
-SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4, "on": ["ffn"]}}
+SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4, "on": ["ffn"]}, "Houlsby": {"on": ["all"], "width": 5}}
 
 
 def zoo_spec(method, **settings):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.methods._base import MethodSpec, ModePolicy, OnModules, Plan
-from common.methods.additive import IA3, SSF, ConvAdapter
+from common.methods.additive import IA3, SSF, ConvAdapter, Houlsby, Pfeiffer
 from common.methods.reparameterised import LoRA, VeRA
 from common.methods.selective import BitFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
 
@@ -26,6 +26,8 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         IA3,
         SSF,
         ConvAdapter,
+        Houlsby,
+        Pfeiffer,
     )
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "BitFit",
     "ConvAdapter",
     "FullFineTune",
+    "Houlsby",
     "LastBlocks",
     "LinearProbe",
     "LoRA",
@@ -44,6 +47,7 @@ __all__ = [
     "NormBias",
     "NormTuning",
     "OnModules",
+    "Pfeiffer",
     "Plan",
     "VeRA",
 ]

@@ -73,6 +73,8 @@ class OnModules(MethodSpec):
 
     Args:
         on: Roles or groups of roles (`attention`, `ffn`, `conv`, `all`, ...); names are resolved per backbone family.
+            `@` narrows one down to the first or last blocks that hold such modules (`attention@last:4`), or to a part
+            that the family names (`attention@decoder`, `attention@decoder@last:2`).
         target_modules: Exact module names instead of roles, for an architecture that has no family.
     """
 

@@ -1,9 +1,9 @@
-"""Additive methods: small new modules beside frozen ones, and learned scales of what they compute."""
+"""Additive methods: small new modules beside and behind frozen ones, and learned scales of what they compute."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from common.errors import GraftError
 from common.methods._base import CONVOLUTIONS, OnModules, Plan, exact, listed, require_types
@@ -121,3 +121,79 @@ class ConvAdapter(OnModules):
         require_types("ConvAdapter", model, targets, CONVOLUTIONS)
         config = ConvAdapterConfig(target_modules=exact(list(targets)), reduction=self.reduction)
         return Plan(peft_config=config, targets=targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bottleneck(OnModules):
+    activation: ClassVar[Literal["gelu", "relu"]]
+
+    width: int = 64
+    scale: float = 1.0
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Take Linear and convolution layers; see the base class."""
+        from common.tuners import BottleneckConfig, matrix_shape
+
+        name = type(self).__name__
+        if self.width < 1:
+            raise GraftError(f"{name} width is {self.width}; give a whole number of at least 1.")
+        targets = self.select(model, roles)
+        require_types(name, model, targets, ("Linear", *CONVOLUTIONS))
+        outputs = {target: matrix_shape(model.get_submodule(target))[0] for target in targets}
+        lowered = [f"{target} ({size})" for target, size in outputs.items() if size < self.width]
+        note = f"Width {self.width} is lowered to the layer's outputs in {len(lowered)} layers: {listed(lowered)}."
+        config = BottleneckConfig(
+            target_modules=exact(list(targets)), width=self.width, scale=self.scale, activation=self.activation
+        )
+        return Plan(peft_config=config, targets=targets, notes=(note,) if lowered else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Houlsby(_Bottleneck):
+    """Bottleneck adapters behind attention and feed-forward network (Houlsby et al. 2019, arXiv 1902.00751).
+
+    h + s * (U gelu(D h + b) + c), h the output (d channels) of a block's attention or feed-forward network before the
+    skip connection adds to it: D of shape (w, d) and U of shape (d, w) with biases b and c, U = 0 and c = 0 at the
+    start. On a convolution D and U act on its output channels at each position. Trainable parameters: 2 w d + w + d for
+    each adapted layer; a width above a layer's own d is lowered to it. The paper trains the norms too; here they stay
+    frozen. For transformers, as the nonlinear counterpart of LoRA; with its nonlinearity it cannot be merged, so it
+    costs time and memory in use too.
+
+    Args:
+        on: Roles of the layers behind which an adapter stands.
+        target_modules: Exact module names instead of roles.
+        width: Width w of the bottleneck.
+        scale: The factor s.
+    """
+
+    taxonomy: ClassVar[str] = "additive"
+    summary: ClassVar[str] = "a bottleneck behind each attention and feed-forward network"
+    source: ClassVar[str] = "arXiv 1902.00751"
+    activation: ClassVar[Literal["gelu", "relu"]] = "gelu"
+
+    on: list[str] = field(default_factory=lambda: ["attention_out", "ffn_out"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pfeiffer(_Bottleneck):
+    """Bottleneck adapters behind the feed-forward networks alone (Pfeiffer et al. 2020, arXiv 2005.00247).
+
+    As `Houlsby`, with one adapter a block, h + s * (U relu(D h + b) + c), h the output (d channels) of the feed-forward
+    network before the skip connection adds to it. Trainable parameters: 2 w d + w + d for each adapted layer; a width
+    above a layer's own d is lowered to it. About half of Houlsby's parameters and time at the same width; cannot be
+    merged either.
+
+    Args:
+        on: Roles of the layers behind which an adapter stands.
+        target_modules: Exact module names instead of roles.
+        width: Width w of the bottleneck; the paper's sixteenth of 768 channels is 48.
+        scale: The factor s.
+    """
+
+    taxonomy: ClassVar[str] = "additive"
+    summary: ClassVar[str] = "a bottleneck behind each feed-forward network"
+    source: ClassVar[str] = "arXiv 2005.00247"
+    activation: ClassVar[Literal["gelu", "relu"]] = "relu"
+
+    on: list[str] = field(default_factory=lambda: ["ffn_out"])
+    width: int = 48

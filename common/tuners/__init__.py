@@ -12,6 +12,7 @@ from typing import Any, cast
 from peft import mapping
 
 from common.tuners._base import OwnConfig, OwnTuner
+from common.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
@@ -19,6 +20,8 @@ from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_
 
 __all__ = [
     "OWN",
+    "BottleneckConfig",
+    "BottleneckModel",
     "ConvAdapterConfig",
     "ConvAdapterModel",
     "CopiesConfig",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 OWN: dict[type[OwnConfig], type[OwnTuner]] = {
+    BottleneckConfig: BottleneckModel,
     ConvAdapterConfig: ConvAdapterModel,
     CopiesConfig: CopiesModel,
     ScaleShiftConfig: ScaleShiftModel,

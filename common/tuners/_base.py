@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypedDict, cast
+from typing import Any, ClassVar, NoReturn, TypedDict, cast
 
 import torch
 from peft import PeftConfig
@@ -156,6 +156,24 @@ class ExchangedLayer(OwnLayer):
             parameter.data = tensor.to(parameter.device)
         self._frozen.clear()
         self.merged_adapters.clear()
+
+
+class UnmergedLayer(OwnLayer):
+    """A layer with a nonlinear bottleneck at it, which no change of its weights can stand for.
+
+    A subclass says in `where` how the two stand to each other.
+    """
+
+    where: ClassVar[str] = "beside"
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Refuse: a bottleneck with a nonlinearity is no change of a weight."""
+        raise NotImplementedError(
+            f"its bottlenecks run {self.where} the layers and are no change of their weights; use the adapter as it is"
+        )
+
+    def unmerge(self) -> None:
+        """Do nothing: it is never merged."""
 
 
 class OwnTuner(BaseTuner):

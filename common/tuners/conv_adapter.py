@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from common.tuners._base import OwnConfig, OwnLayer, OwnTuner, like, per_output
+from common.tuners._base import OwnConfig, OwnTuner, UnmergedLayer, like, per_output
 
 CONV_ADAPTER = "CONV_ADAPTER"
 
@@ -31,7 +31,7 @@ class ConvAdapterConfig(OwnConfig):
     reduction: int = 4
 
 
-class ConvAdapterLayer(OwnLayer):
+class ConvAdapterLayer(UnmergedLayer):
     """y = f(x) + a * up(gelu(down(x))): f is any convolution, transposed ones too.
 
     `down` has f's own kernel, stride, padding and dilation, and as many groups as the bottleneck is wide (as far as
@@ -66,15 +66,6 @@ class ConvAdapterLayer(OwnLayer):
         # Scaling the pointwise weight is scaling the output, and keeps no further output for the backward pass.
         weight = up.get_parameter("weight") * per_output(scale, up.get_parameter("weight"))
         return result + functional_call(up, {"weight": weight}, (narrow,)).to(result.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Refuse: a bottleneck with a nonlinearity is no change of a weight."""
-        raise NotImplementedError(
-            "its bottlenecks run beside the layers and are no change of their weights; use the adapter as it is"
-        )
-
-    def unmerge(self) -> None:
-        """Do nothing: it is never merged."""
 
 
 def _narrow(base: _ConvNd, width: int) -> _ConvNd:

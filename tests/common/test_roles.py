@@ -13,8 +13,8 @@ from tests.toy import FAMILY, toy_backbone
 LINEAR = (nn.Linear,)
 
 
-def family(**roles):
-    return Family(name="fam", block=r"blocks\.\d+", roles={k: tuple(v) for k, v in roles.items()})
+def family(parts=None, **roles):
+    return Family(name="fam", block=r"blocks\.\d+", roles={k: tuple(v) for k, v in roles.items()}, parts=parts or {})
 
 
 class Net(nn.Module):
@@ -166,3 +166,134 @@ def test_the_model_is_not_changed():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     resolve(model, FAMILY)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+# ---- narrowed down
+
+
+def layers(**names):
+    """Blocks of an attention and a feed-forward layer; `bare` blocks have the feed-forward layer alone."""
+    return nn.ModuleList(
+        Net(fc=nn.Linear(2, 2), **({} if bare else {"attn": nn.Linear(2, 2)})) for bare in names["bare"]
+    )
+
+
+def two_halves(encoder=(False,) * 3, decoder=(False,) * 2):
+    """An encoder and a decoder, and a layer outside of every block."""
+    return Net(
+        embed=nn.Embedding(2, 2),
+        encoder=Net(stem=nn.Linear(2, 2), layers=layers(bare=encoder)),
+        decoder=Net(layers=layers(bare=decoder)),
+    )
+
+
+HALVES = Family(
+    name="halves",
+    block=r"(encoder|decoder)\.layers\.\d+",
+    roles={
+        "stem": (Pattern(r"encoder\.stem", LINEAR),),
+        "attention_out": (Pattern(r".*\.attn", LINEAR),),
+        "ffn_out": (Pattern(r".*\.fc", LINEAR),),
+        "embed": (Pattern("embed", (nn.Embedding,)),),
+    },
+    parts={"encoder": "encoder", "decoder": r"decoder\..*", "adapter": "adapter"},
+)
+
+
+def chosen(*on, **nets):
+    """The chosen modules as `e0.attn` for `encoder.layers.0.attn`."""
+    names = resolve(two_halves(**nets), HALVES).select(on)
+    return [name.replace("encoder.layers.", "e").replace("decoder.layers.", "d") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("on", "expected"),
+    [
+        ("attention@first:1", ["e0.attn"]),
+        ("attention@last:3", ["e2.attn", "d0.attn", "d1.attn"]),
+        ("attention@first:5", ["e0.attn", "e1.attn", "e2.attn", "d0.attn", "d1.attn"]),
+        ("ffn_out@encoder", ["e0.fc", "e1.fc", "e2.fc"]),
+        ("attention@decoder", ["d0.attn", "d1.attn"]),  # the part's pattern may name what is in it
+        ("attention@encoder@last:1", ["e2.attn"]),
+        ("attention@decoder@last:2", ["d0.attn", "d1.attn"]),
+        ("attention@first:4@decoder", ["d0.attn"]),
+        ("all@first:2@last:1", ["e1.fc", "e1.attn"]),
+        ("stem@encoder", ["encoder.stem"]),
+    ],
+)
+def test_a_role_is_narrowed_down(on, expected):
+    assert chosen(on) == expected
+
+
+def test_each_item_is_narrowed_down_alone_and_they_may_overlap():
+    assert chosen("attention@first:1", "ffn@decoder@last:1") == ["e0.attn", "d1.fc"]
+    assert chosen("attention", "attention@last:1", "attention@decoder") == chosen("attention")
+
+
+def test_blocks_are_counted_where_they_hold_the_role():
+    """As in networks of which some blocks have attention and others have none."""
+    nets = {"encoder": (True, False, True, False), "decoder": (True,)}
+    assert chosen("attention@last:1", **nets) == ["e3.attn"]
+    assert chosen("attention@first:2", **nets) == ["e1.attn", "e3.attn"]
+    assert chosen("ffn@last:1", **nets) == ["d0.fc"]
+
+
+def test_blocks_are_counted_by_depth_beyond_ten():
+    roles = resolve(toy_backbone(depth=12), FAMILY)
+    assert list(roles.select(["attention_out@last:3"])) == [f"blocks.{i}.out" for i in (9, 10, 11)]
+    assert list(roles.select(["attention_out@first:3"])) == [f"blocks.{i}.out" for i in range(3)]
+    assert list(roles.select(["attention_out@first:2"])) == ["blocks.0.out", "blocks.1.out"]  # not 10 and 11
+
+
+def test_a_block_may_carry_the_role_itself():
+    net = Net(blocks=nn.ModuleList(nn.Linear(2, 2) for _ in range(3)))
+    roles = resolve(net, family(conv=[Pattern(r"blocks\.\d+", LINEAR)]))
+    assert list(roles.select(["conv@last:2"])) == ["blocks.1", "blocks.2"]
+
+
+def test_parts_that_the_model_has_are_kept_by_name():
+    assert resolve(two_halves(), HALVES).parts.keys() == {"encoder", "decoder"}
+    assert resolve(two_halves(), HALVES).parts["encoder"] == ("encoder",)
+    assert resolve(toy_backbone(), FAMILY).parts == {}
+
+
+@pytest.mark.parametrize(
+    ("on", "words"),
+    [
+        ("atention@last:1", "Unknown role 'atention'.*'attention'"),
+        ("@last:1", "Unknown role ''"),
+        ("conv@decoder", "Role 'conv' matches no module of this halves backbone"),
+        ("attention@decodr", r"'attention@decodr' asks for 'decodr' of this halves .*Did you mean 'decoder'\?"),
+        ("attention@adapter", "asks for 'adapter'.*Allowed: decoder, encoder, first:N, last:N"),
+        ("attention@", "asks for '' of this halves backbone"),
+        ("attention@lst:2", "asks for 'lst:2' of this halves .*last:N"),
+        ("stem@decoder", "'stem@decoder' matches no module of this halves backbone: nothing .* in its decoder"),
+        ("attention@last:1@encoder", "nothing of the role is left in its encoder"),
+        (
+            "attention@last:6",
+            "the last '6' blocks, and 5 blocks .* hold such modules; give .* from 1 to 5, as in 'last:1'",
+        ),
+        ("attention@decoder@first:3", "the first '3' blocks, and 2 blocks .* from 1 to 2"),
+        ("attention@last:0", "the last '0' blocks"),
+        ("attention@last:-1", "the last '-1' blocks"),
+        ("attention@last:two", "the last 'two' blocks"),
+        ("attention@last", "the last '' blocks.*as in 'last:1'"),
+        ("stem@last:1", "no block of this halves backbone holds such modules. Leave '@last:1' out"),
+    ],
+)
+def test_what_cannot_be_narrowed_down_says_why(on, words):
+    with pytest.raises(GraftError, match=words):
+        chosen(on)
+
+
+def test_a_backbone_without_blocks_or_parts_says_so():
+    roles = resolve(Net(proj=nn.Linear(2, 2)), family(conv=[Pattern("proj", LINEAR)]))
+    with pytest.raises(GraftError, match="no block of this fam backbone holds such modules"):
+        roles.select(["conv@first:1"])
+    with pytest.raises(GraftError, match=r"asks for 'encoder' of this fam backbone\. Allowed: first:N, last:N\."):
+        roles.select(["conv@encoder"])
+
+
+def test_a_part_needs_a_plain_name():
+    with pytest.raises(GraftError, match="Part 'last:1' of family 'fam'"):
+        family(parts={"last:1": "x"})

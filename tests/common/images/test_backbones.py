@@ -128,6 +128,14 @@ REFUSED = {("VeRA", key): r"VeRA cannot act on .* \(Conv2d, role conv\).* it tak
     for key in NETS
     if key not in CNNS
 }
+REFUSED |= {
+    (method, key): f"Role '{role}' matches no module of this"
+    for method, role, keys in (
+        ("Houlsby", "attention_out", CNNS),
+        ("Pfeiffer", "ffn_out", ("efficientnet", "mobilenetv3", "mobilenetv4", "resnet")),
+    )
+    for key in keys
+}
 
 
 @pytest.mark.parametrize("method", list(SPECS))
@@ -144,6 +152,18 @@ def test_every_method_works_on_every_family_or_says_why_not(key, method):
     attached.train(False)
     with torch.no_grad():
         torch.testing.assert_close(tokens(attached.model, batch), bare, atol=1e-5, rtol=1e-5)
+    probe(attached, lambda: tokens(attached.model, batch))
+
+
+@pytest.mark.parametrize(("key", "on", "block"), [("vit", "attention", "blocks.5"), ("resnet", "conv", "layer4.0")])
+def test_roles_are_narrowed_down_to_the_last_blocks(key, on, block):
+    built, batch = build_net(key), images(key)
+    roles = resolve(built.model, built.family)
+    spec = METHODS["Houlsby"](on=[f"{on}@last:1"])
+    attached = attach(built.model, spec, built.family)
+    wanted = [name for name in roles.select([on]) if name.startswith(f"{block}.")]
+    assert list(attached.plan.targets) == wanted
+    assert roles.blocks[-1] == block
     probe(attached, lambda: tokens(attached.model, batch))
 
 

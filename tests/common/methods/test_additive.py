@@ -1,4 +1,4 @@
-"""IA3, SSF and ConvAdapter: what they take, and their formulas through the spec."""
+"""IA3, SSF, ConvAdapter, Houlsby and Pfeiffer: what they take, and their formulas through the spec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from common.attach import attach
 from common.errors import GraftError
-from common.methods import IA3, SSF, ConvAdapter
+from common.methods import IA3, SSF, ConvAdapter, Houlsby, Pfeiffer
 from tests.toy import FAMILY, toy_backbone
 
 
@@ -102,6 +102,8 @@ def test_ssf_takes_weights_and_norms_and_shifts_where_there_is_a_bias():
         (SSF, nn.PReLU()),
         (ConvAdapter, nn.Linear(3, 3)),
         (ConvAdapter, nn.LayerNorm(3)),
+        (Houlsby, nn.Embedding(3, 3)),
+        (Pfeiffer, nn.LayerNorm(3)),
     ],
 )
 def test_layers_of_other_types_are_refused(method, layer):
@@ -121,3 +123,55 @@ def test_a_convolution_that_computes_its_weight_is_the_users_error():
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)))
     with pytest.raises(GraftError, match=r"does not fit Sequential.*computed at each call"):
         attach(net, SSF(target_modules=["0"]), None)
+
+
+def randomised(attached):
+    """Give every trained parameter a random value, and return the adapted layers' parts by layer."""
+    for name, parameter in attached.model.named_parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    attached.train(False)
+    return {name: attached.model.get_submodule(f"base_model.model.{name}") for name in attached.plan.targets}
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("spec", "act", "behind"),
+    [(Houlsby, nn.functional.gelu, ("out", "fc2")), (Pfeiffer, nn.functional.relu, ("fc2",))],
+)
+def test_a_bottleneck_stands_before_the_skip_connection(spec, act, behind, scale):
+    """The whole backbone, computed by hand with x + adapter(sub-layer(x)), as in figure 2 of the paper."""
+    attached = attach(toy_backbone(), spec(width=3, scale=scale), FAMILY)
+    layers = randomised(attached)
+    assert list(layers) == [f"blocks.{block}.{name}" for block in (0, 1) for name in behind]
+    net, x = toy_backbone().eval(), torch.randn(2, 3, 4)
+
+    def adapter(name, h):
+        if name not in layers:
+            return h
+        down, up = layers[name].badapter_down["default"], layers[name].badapter_up["default"]
+        return h + scale * (act(h @ down.weight.T + down.bias) @ up.weight.T + up.bias)
+
+    with torch.no_grad():
+        h = net.embed(net.input_norm(x.mT).mT)
+        h = h + net.mix(h.mT).mT
+        for i, block in enumerate(net.blocks):
+            q, k, v = block.qkv(block.norm1(h)).chunk(3, dim=-1)
+            h = h + adapter(f"blocks.{i}.out", block.out((q @ k.mT / 8**0.5).softmax(-1) @ v))
+            h = h + adapter(f"blocks.{i}.fc2", block.fc2(torch.relu(block.fc1(block.norm2(h)))))
+        torch.testing.assert_close(attached.model(x), net.norm(h), atol=1e-4, rtol=1e-4)
+
+
+def test_a_width_above_a_layers_outputs_is_lowered_and_said():
+    spec = Houlsby(on=["ffn_in@first:1", "stem"], width=9)
+    attached = attach(toy_backbone(), spec, FAMILY)
+    assert attached.plan.notes == ("Width 9 is lowered to the layer's outputs in 2 layers: embed (8), mix (8).",)
+    widths = {name: layer.badapter_down["default"].weight.shape[0] for name, layer in randomised(attached).items()}
+    assert widths == {"embed": 8, "mix": 8, "blocks.0.fc1": 9}
+    assert attach(toy_backbone(), Houlsby(width=8), FAMILY).plan.notes == ()
+
+
+def test_a_width_out_of_range_is_refused():
+    for spec in (Houlsby, Pfeiffer):
+        with pytest.raises(GraftError, match=f"{spec.__name__} width is 0; give a whole number of at least 1"):
+            attach(toy_backbone(), spec(width=0), FAMILY)

@@ -26,9 +26,10 @@ SPECS = {name: zoo_spec(name) for name in METHODS} | {
     "LoRA-peft-thin": zoo_spec("LoRA", rank=9, target_modules=["stem", "blocks.0.down", "fc1"], dropout=0.1),
     "IA3-peft": zoo_spec("IA3", target_modules=["stem", "blocks.0.dilated", "blocks.1.grouped"]),
     "ConvAdapter-wide": zoo_spec("ConvAdapter", reduction=1, on=["stem", "conv"]),
+    "Houlsby-scaled": zoo_spec("Houlsby", scale=0.5, on=["conv@last:1", "ffn_out"]),
     "LastBlocks-2": zoo_spec("LastBlocks", k=2),
 }
-NOT_MERGEABLE = {"ConvAdapter", "ConvAdapter-wide"}
+NOT_MERGEABLE = {name for name in SPECS if name.partition("-")[0] in ("ConvAdapter", "Houlsby", "Pfeiffer")}
 CASES = [(name, dims) for name in SPECS for dims in (2, 3)]
 EACH = pytest.mark.parametrize(("name", "dims"), CASES, ids=[f"{name}-{dims}d" for name, dims in CASES])
 SEEDS = (0, 1)
@@ -123,6 +124,12 @@ def conv_adapter(spec, layer, role):
     return width * inputs * math.prod(layer.kernel_size) + layer.out_channels * (width + 1)
 
 
+def bottleneck(spec, layer, role):
+    outputs = matrix(layer)[0]
+    width = min(spec.width, outputs)
+    return 2 * width * outputs + width + outputs
+
+
 def whole(layer):
     return sum(p.numel() for p in layer.parameters())
 
@@ -143,6 +150,8 @@ FORMULAS = {
     "IA3": ia3,
     "SSF": ssf,
     "ConvAdapter": conv_adapter,
+    "Houlsby": bottleneck,
+    "Pfeiffer": bottleneck,
 }
 
 
@@ -171,6 +180,9 @@ def test_the_chosen_layers_are_all_there_are(name, dims):
         "IA3": convolutions - {"stem"} | {"fc1", "fc2"},
         "SSF": convolutions - {"stem"} | {"fc1", "fc2"} | norms,
         "ConvAdapter": convolutions - {"stem"},
+        "Houlsby": convolutions - {"stem"} | {"fc1", "fc2"},
+        "Houlsby-scaled": {n for n in convolutions if n.startswith("blocks.1.")} | {"fc2"},
+        "Pfeiffer": {"fc2"},
         "NormTuning": norms,
         "BitFit": {n for n, m in modules.items() if getattr(m, "bias", None) is not None},
         "NormBias": {n for n, m in modules.items() if getattr(m, "bias", None) is not None}
@@ -243,7 +255,7 @@ def test_a_merged_backbone_is_plain_weights(name):
     task.backbone = task.attached.model
     expected = run(task.backbone, 3)
     if name in NOT_MERGEABLE:
-        with pytest.raises(GraftError, match=r"ConvAdapter cannot be merged on zoo: .*run beside the layers"):
+        with pytest.raises(GraftError, match=r"\w+ cannot be merged on zoo: .*no change of their weights"):
             merged_backbone(task)
         return
     merged = merged_backbone(task).eval()

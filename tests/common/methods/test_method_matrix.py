@@ -30,10 +30,13 @@ SPECS: dict[str, MethodSpec] = {name: spec_of(name) for name in METHODS} | {
     "IA3-ffn": spec_of("IA3", on=["ffn"]),
     "SSF-one-role": spec_of("SSF", on=["norm"]),
     "ConvAdapter-wide": spec_of("ConvAdapter", reduction=1),
+    "Houlsby-scaled": spec_of("Houlsby", scale=0.5, on=["attention_out@last:2", "ffn_in@first:1"]),
+    "Houlsby-wide": spec_of("Houlsby", width=64, target_modules=["mix", "blocks.0.qkv"]),
     "BitFit-no-norms": spec_of("BitFit", norms=False),
     "LastBlocks-2": spec_of("LastBlocks", k=2),
 }
-NOT_MERGEABLE = {"ConvAdapter", "ConvAdapter-wide"}
+NOT_MERGEABLE = {name for name in SPECS if name.partition("-")[0] in ("ConvAdapter", "Houlsby", "Pfeiffer")}
+RANDOM_START = ("LoRA", "ConvAdapter", "Houlsby", "Pfeiffer")
 MOVES_WEIGHT = {"LoRA-pissa", "LoRA-olora"}  # they move a part of the frozen weight into the adapter
 EACH = pytest.mark.parametrize("name", SPECS)
 
@@ -132,6 +135,12 @@ def lora(spec, backbone, targets):
     return sum(spec.rank * (i + o) for i, o in shapes) + (sum(o for _, o in shapes) if spec.dora else 0)
 
 
+def bottleneck(spec, backbone, targets):
+    outputs = [backbone.get_submodule(name).bias.numel() for name in targets]
+    widths = [min(spec.width, number) for number in outputs]
+    return sum(2 * width * number + width + number for width, number in zip(widths, outputs, strict=True))
+
+
 FORMULAS = {
     "FullFineTune": lambda spec, model, targets: sum(p.numel() for p in model.parameters()),
     "LinearProbe": lambda spec, model, targets: 0,
@@ -158,6 +167,8 @@ FORMULAS = {
     "SSF": lambda spec, model, targets: sum(2 * model.get_submodule(name).bias.numel() for name in targets),
     # `mix` has 8 inputs, 8 outputs and 3 positions; the bottleneck is 2 wide in two groups, or 8 wide in eight
     "ConvAdapter": lambda spec, model, targets: {4: 2 * 4 * 3 + 8 * 2 + 8, 1: 8 * 1 * 3 + 8 * 8 + 8}[spec.reduction],
+    "Houlsby": bottleneck,
+    "Pfeiffer": bottleneck,
 }
 
 
@@ -215,7 +226,7 @@ def test_a_merged_backbone_is_plain_and_computes_the_same(name):
     task.eval()
     expected = run(task.backbone)
     if name in NOT_MERGEABLE:
-        with pytest.raises(GraftError, match=r"ConvAdapter cannot be merged on toy: .*run beside the layers"):
+        with pytest.raises(GraftError, match=r"\w+ cannot be merged on toy: .*no change of their weights"):
             merged_backbone(task)
         return
     merged = merged_backbone(task).eval()
@@ -234,7 +245,7 @@ def test_the_seed_alone_decides_the_start(name):
     assert state_digest(first.model) == state_digest(again.model)
     torch.manual_seed(11)
     assert torch.equal(torch.get_rng_state(), state)  # attaching draws nothing from the global state
-    random_start = type(SPECS[name]).__name__ in ("LoRA", "ConvAdapter") and name not in MOVES_WEIGHT
+    random_start = type(SPECS[name]).__name__ in RANDOM_START and name not in MOVES_WEIGHT
     assert (state_digest(first.model) != state_digest(other.model)) == random_start
 
 

@@ -10,7 +10,15 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from common.tuners import OWN, ConvAdapterConfig, CopiesConfig, ScaleShiftConfig, WeightLoraConfig, is_own
+from common.tuners import (
+    OWN,
+    BottleneckConfig,
+    ConvAdapterConfig,
+    CopiesConfig,
+    ScaleShiftConfig,
+    WeightLoraConfig,
+    is_own,
+)
 from common.tuners._base import ExchangedLayer
 
 CONFIGS = {
@@ -19,9 +27,11 @@ CONFIGS = {
     "scale": lambda: ScaleShiftConfig(target_modules="layer"),
     "copies": lambda: CopiesConfig(target_modules="layer", weight_of="layer", bias_of="layer"),
     "beside": lambda: ConvAdapterConfig(target_modules="layer", reduction=2),
+    "behind": lambda: BottleneckConfig(target_modules="layer", width=3),
 }
+UNMERGED = ("beside", "behind")
 EACH = pytest.mark.parametrize("kind", CONFIGS)
-EXCHANGED = pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "beside"])
+EXCHANGED = pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in UNMERGED])
 
 
 class Net(nn.Module):
@@ -212,7 +222,7 @@ def test_half_precision_layers(kind, dtype):
     assert output.dtype == dtype
     assert not torch.equal(output, bare)
     assert {p.dtype for n, p in model.named_parameters() if "base_layer" not in n} == {torch.float32}
-    if kind != "beside":
+    if kind not in UNMERGED:
         model.merge_adapter()
         assert torch.equal(run(model, dtype), output)
         assert model.layer.base_layer.weight.dtype == dtype
@@ -227,7 +237,7 @@ def test_autocast_trains_in_full_precision_and_computes_the_weights_so(kind):
     output.float().square().sum().backward()
     own = [p for n, p in model.named_parameters() if "base_layer" not in n]
     assert {p.grad.dtype for p in own} == {torch.float32}
-    if kind == "beside":
+    if kind in UNMERGED:
         return
     model.merge_adapter()
     with torch.autocast("cpu", torch.bfloat16):
@@ -250,7 +260,10 @@ def test_the_layer_shows_its_base_layers_attributes(kind):
     assert layer.bias is layer.base_layer.bias
 
 
-@EACH
+NORMED = [kind for kind in CONFIGS if kind != "behind"]  # which asks for the layer's output and no weight
+
+
+@pytest.mark.parametrize("kind", NORMED)
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_weight_that_is_computed_at_each_call_is_refused(kind, norm):

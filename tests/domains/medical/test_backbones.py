@@ -162,7 +162,15 @@ def test_blocks_are_in_the_order_in_which_they_run(key, dims):
 
 # A method may act on some roles only; a network without them is refused.
 ON = {("VeRA", "unetr"): ["attention", "ffn"], ("VeRA", "swin"): ["attention", "ffn"]}
-REFUSED = {("VeRA", key): r"it takes Linear" for key in ("unet", "segresnet", "dynunet")}
+REFUSED = {
+    (method, key): reason
+    for key in ("unet", "segresnet", "dynunet")
+    for method, reason in (
+        ("VeRA", r"it takes Linear"),
+        ("Houlsby", r"Role 'attention_out' matches no module of this"),
+        ("Pfeiffer", r"Role 'ffn_out' matches no module of this"),
+    )
+}
 
 
 def spec_of(method, key):
@@ -219,6 +227,25 @@ def test_every_method_trains_and_reloads_on_every_network_or_says_why_not(key, d
     else:
         fresh.load_state_dict(attached.model.state_dict())
     torch.testing.assert_close(run(fresh.eval()), after, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "on", "blocks"),
+    [
+        ("unet", "conv@last:2", ("model.1.submodule.1.submodule", "model.1.submodule.2")),
+        ("unetr", "attention@last:1", ("vit.blocks.11",)),  # of those that have attention
+        ("unetr", "all@last:1", ("decoder2",)),
+        ("segresnet", "conv@first:1", ("down_layers.0",)),
+        ("dynunet", "conv@first:2@last:1", ("downsamples.0",)),
+    ],
+)
+def test_bottlenecks_stand_in_the_chosen_blocks(key, on, blocks):
+    built, batch = build_net(key, 2), images(key, 2)
+    roles = resolve(built.model, built.family)
+    attached = attach(built.model, METHODS["Houlsby"](on=[on]), built.family)
+    inside = tuple(f"{block}." for block in blocks)
+    assert list(attached.plan.targets) == [n for n in roles.select([on.partition("@")[0]]) if n.startswith(inside)]
+    probe(attached, lambda: features(built, attached.model, batch))
 
 
 @pytest.mark.parametrize("key", ["unet", "unetr", "dynunet"])

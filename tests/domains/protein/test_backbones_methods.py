@@ -86,6 +86,8 @@ ON = {("SSF", "unirep"): ["all"]}
 REFUSED = {
     ("NormTuning", "unirep"): "NormTuning finds no norm",
     **{("ConvAdapter", key): "Role 'conv' matches no module" for key in NETWORKS},
+    ("Houlsby", "unirep"): "Role 'attention_out' matches no module of this unirep",
+    ("Pfeiffer", "unirep"): "Role 'ffn_out' matches no module of this unirep",
 }
 
 
@@ -135,6 +137,16 @@ def test_every_method_trains_and_reloads_on_every_network_or_says_why_not(key, m
         else:
             fresh.load_state_dict(attached.model.state_dict())
     torch.testing.assert_close(run(fresh.eval()), after, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("key", "on"), [("esm2", "attention"), ("esm1b", "ffn"), ("unirep", "recurrent")])
+def test_roles_are_narrowed_down_to_the_first_and_last_blocks(key, on):
+    built = tiny(key)
+    roles = resolve(built.model, built.family)
+    for where, block in (("first:1", roles.blocks[0]), ("last:1", roles.blocks[1])):
+        assert list(roles.select([f"{on}@{where}"])) == [n for n in roles.select([on]) if n.startswith(f"{block}.")]
+    attached = attach(built.model, METHODS["Houlsby"](on=[f"{on}@last:1"], width=3), built.family)
+    probe(attached, lambda: residue_features(built, attached.model, *proteins()))
 
 
 def test_a_method_without_its_roles_names_those_that_there_are():

@@ -106,6 +106,15 @@ def test_another_method_takes_the_place_of_the_recipes(fit, method):
     assert type(task.peft) is METHODS[method]
 
 
+def test_roles_are_narrowed_down_in_a_recipe_and_on_the_command_line(fit, tmp_path):
+    wanted = ["attention@last:2", "ffn@first:1@last:1"]
+    line = f"[{', '.join(wanted)}]"
+    recipe = tmp_path / "narrowed.yaml"
+    recipe.write_text((ROOT / "configs/vision/openclipart.yaml").read_text().replace("on: [all]", f"on: {line}"))
+    assert fit("--config", recipe)[0].peft.on == wanted
+    assert fit("--config", RECIPES[0], "--peft", "Houlsby", "--peft.on", line)[0].peft.on == wanted
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipes_method_lives_on_its_backbone(path, fit):
     """The real architecture, cut to two blocks where it has blocks of one kind, with random weights."""

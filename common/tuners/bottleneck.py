@@ -1,0 +1,89 @@
+"""Bottleneck adapters behind linear layers and convolutions, as a PEFT tuner (arXiv 1902.00751, 2005.00247)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from common.tuners._base import OwnConfig, OwnTuner, UnmergedLayer, like
+
+BOTTLENECK = "BOTTLENECK_ADAPTER"
+
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
+
+
+@dataclass
+class BottleneckConfig(OwnConfig):
+    """Configuration of the tuner.
+
+    Args:
+        width: Width of the bottleneck; a layer with fewer outputs takes their number.
+        scale: The factor s of what the bottleneck adds.
+        activation: Its nonlinearity.
+    """
+
+    own_type: ClassVar[str] = BOTTLENECK
+
+    width: int = 64
+    scale: float = 1.0
+    activation: Literal["gelu", "relu"] = "gelu"
+
+
+class BottleneckLayer(UnmergedLayer):
+    """y = h + s * up(act(down(h))) with h = f(x): f is any linear layer or convolution, transposed ones too.
+
+    `down` and `up` see one position at a time, whatever the kernel of f, and both have biases; `up` starts at zero.
+    """
+
+    where: ClassVar[str] = "behind"
+    adapter_layer_names: tuple[str, ...] = ("badapter_down", "badapter_up")
+    other_param_names: tuple[str, ...] = ("scaling", "activation")
+
+    def build(self) -> None:
+        """Make the containers."""
+        self.badapter_down, self.badapter_up = nn.ModuleDict(), nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
+        self.activation: dict[str, str] = {}
+
+    def start(self, adapter_name: str, config: BottleneckConfig, key: str) -> None:
+        """Add the bottleneck."""
+        base = self.get_base_layer()
+        if not isinstance(base, (nn.Linear, _ConvNd)):
+            raise TypeError(f"'{key}' ({type(base).__name__}) is no linear layer and no convolution.")
+        if config.activation not in _ACTIVATIONS:
+            raise ValueError(f"The activation is '{config.activation}'; give one of {', '.join(_ACTIVATIONS)}.")
+        outputs = base.out_features if isinstance(base, nn.Linear) else base.out_channels
+        width = min(config.width, outputs)
+        up = _pointwise(base, width, outputs)
+        nn.init.zeros_(up.weight)
+        nn.init.zeros_(up.get_parameter("bias"))
+        self.badapter_down[adapter_name], self.badapter_up[adapter_name] = _pointwise(base, outputs, width), up
+        self.scaling[adapter_name], self.activation[adapter_name] = config.scale, config.activation
+
+    def adapted(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Add the bottleneck's output to the layer's."""
+        result = self.base_layer(x, *args, **kwargs)
+        down, up = self.badapter_down[adapter_name], self.badapter_up[adapter_name]
+        narrow = down(self._cast_input_dtype(result, down.get_parameter("weight").dtype))
+        added = up(_ACTIVATIONS[self.activation[adapter_name]](narrow))
+        return result + (self.scaling[adapter_name] * added).to(result.dtype)
+
+
+def _pointwise(base: nn.Linear | _ConvNd, inputs: int, outputs: int) -> nn.Linear | _ConvNd:
+    """Return a layer over the channels of the layer's output, at each position alone."""
+    if isinstance(base, nn.Linear):
+        return nn.Linear(inputs, outputs, **like(base.weight))
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[base.weight.ndim - 3]
+    return kind(inputs, outputs, 1, **like(base.weight))
+
+
+class BottleneckModel(OwnTuner):
+    """The tuner that PEFT builds from a `BottleneckConfig`."""
+
+    prefix: str = "badapter_"
+    tuner_layer_cls = BottleneckLayer
