@@ -1,0 +1,38 @@
+"""Speech: recognition with a decoder or with CTC, and classes of utterances."""
+
+from __future__ import annotations
+
+from common.domain import Domain
+
+_DATA = "domains.speech.data"
+_TASKS = "domains.speech.tasks"
+
+DOMAIN = Domain(
+    name="speech",
+    summary="speech: texts and classes of clips with Whisper, wav2vec 2.0, HuBERT and WavLM",
+    tasks={
+        "Seq2SeqRecognition": _TASKS,
+        "CTCRecognition": _TASKS,
+        "UtteranceClassification": "domains.speech.utterance",
+    },
+    data=dict.fromkeys(
+        (
+            "StampSpeech",
+            "AsteriskWords",
+            "LibriVoxClips",
+            "Manifest",
+            "AudioFolder",
+            "LabelledAudio",
+            "LibriSpeech",
+            "CommonVoice",
+            "FLEURS",
+        ),
+        _DATA,
+    ),
+    predict="domains.speech.predict:predict",
+    baselines={
+        "ZeroShot": "domains.speech.baselines:zero_shot",
+        "MajorityClass": "domains.speech.baselines:majority_class",
+        "MelStatistics": "domains.speech.baselines:mel_statistics_probe",
+    },
+)

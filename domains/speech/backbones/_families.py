@@ -1,0 +1,75 @@
+"""Which modules of the speech networks carry which role, and their blocks in the order in which they run."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from common.roles import NORMS, Family, Pattern
+
+LINEAR = (nn.Linear,)
+CONV = (nn.Conv1d,)
+EMBEDDING = (nn.Embedding,)
+_BOTH = r"(q_proj|k_proj|v_proj)"
+
+
+def _whisper(name: str, encoder: str, decoder: str | None) -> Family:
+    sides = [encoder] if decoder is None else [encoder, decoder]
+    layer = rf"({'|'.join(rf'{side}layers' for side in sides)})\.\d+"
+    attention = rf"{layer}\.(self_attn|encoder_attn)"
+    return Family(
+        name=name,
+        block=layer,
+        parts={}
+        if decoder is None
+        else {"encoder": encoder.removesuffix(r"\."), "decoder": decoder.removesuffix(r"\.")},
+        roles={
+            "stem": (Pattern(rf"{encoder}conv[12]", CONV),),
+            "attention_qkv": (Pattern(rf"{attention}\.{_BOTH}", LINEAR),),
+            "attention_out": (Pattern(rf"{attention}\.out_proj", LINEAR),),
+            "ffn_in": (Pattern(rf"{layer}\.fc1", LINEAR),),
+            "ffn_out": (Pattern(rf"{layer}\.fc2", LINEAR),),
+            "norm": (Pattern(r".*", NORMS),),
+            # The embedding of tokens is the output layer too, so an adapter on one alone could not be merged, and the
+            # positions are cut to the audio's length, past any adapter: neither has a role.
+        },
+    )
+
+
+WHISPER = _whisper("whisper", r"model\.encoder\.", r"model\.decoder\.")
+WHISPER_ENCODER = _whisper("whisper-encoder", "", None)
+
+
+def _wave(name: str, projection: str, layer: str, attention: str | None) -> Family:
+    """Lay out a network that reads the waveform: convolutions, a projection, a positional convolution, blocks.
+
+    The positional convolution is weight-normalised, its weight computed of two parameters: it has no role.
+    """
+    heads = {
+        "attention_qkv": (Pattern(rf"{layer}\.attention\.{_BOTH}", LINEAR),),
+        "attention_out": (Pattern(rf"{layer}\.attention\.out_proj", LINEAR),),
+    }
+    convolutions = r"feature_extractor\.conv_layers"
+    return Family(
+        name=name,
+        block=layer,
+        roles={
+            "stem": (Pattern(rf"{convolutions}\.0\.conv", CONV), Pattern(projection, LINEAR)),
+            "conv": (Pattern(rf"{convolutions}\.[1-9]\d*\.conv", CONV),),
+            **(heads if attention else {}),
+            "ffn_in": (Pattern(rf"{layer}\.feed_forward\.intermediate_dense", LINEAR),),
+            "ffn_out": (Pattern(rf"{layer}\.feed_forward\.output_dense", LINEAR),),
+            "norm": (Pattern(r".*", NORMS),),
+            "embed": (Pattern(rf"{layer}\.attention\.rel_attn_embed", EMBEDDING),),
+        },
+    )
+
+
+_HF = (r"feature_projection\.projection", r"encoder\.layers\.\d+", "attention")
+WAV2VEC2 = _wave("wav2vec2", *_HF)
+HUBERT = _wave("hubert", *_HF)
+WAVLM = _wave("wavlm", *_HF)
+
+_TORCHAUDIO = (r"encoder\.feature_projection\.projection", r"encoder\.transformer\.layers\.\d+")
+TORCHAUDIO = _wave("torchaudio", *_TORCHAUDIO, "attention")
+# torchaudio's WavLM computes queries, keys and values of one bare weight, past any adapter: its attention has no role.
+TORCHAUDIO_WAVLM = _wave("torchaudio-wavlm", *_TORCHAUDIO, None)
