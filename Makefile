@@ -27,12 +27,14 @@ install: $(READY)
 # error says which file to get and how to hand it over.
 artifacts: $(READY)
 	$(BIN)/graft fetch vit-small-patch14-focus efficientnet-lite0
-	$(BIN)/graft fetch unirep-256 modlamp
-	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases uniprot-sample
+	$(BIN)/graft fetch esm2-graft unirep-256 modlamp whisper-tiny-en
+	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases uniprot-sample pocketsphinx-testdata asterisk-sounds-en
 
 demo: artifacts
 	$(BIN)/graft compare configs/demo.yaml
 	$(BIN)/graft compare configs/demo_medical.yaml
+	$(BIN)/graft compare configs/demo_protein.yaml
+	$(BIN)/graft compare configs/demo_speech.yaml
 
 test: artifacts
 	$(BIN)/python -m pytest --artifacts -n 2

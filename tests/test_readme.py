@@ -24,7 +24,12 @@ READMES = [
     if not {".venv", "runs", "node_modules"} & set(path.relative_to(ROOT).parts) and not path.name.startswith(".")
 ]
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
-FEWER = {"vision": ["--data.limit_per_class", "3"], "medical": ["--data.batch_size", "1"]}
+FEWER = {
+    "vision": ["--data.limit_per_class", "3"],
+    "medical": ["--data.batch_size", "1"],
+    "protein": ["--data.shots", "4"],
+    "speech": ["--data.shots", "4"],
+}
 
 
 def blocks(path, *languages):
@@ -67,9 +72,14 @@ def shrink(arguments, place):
         text = (ROOT / arguments[1]).read_text()
         text = re.sub(r"\blr: \[([^,\]]+)[^\]]*\]", r"lr: [\1]", text)
         text = re.sub(r"^seeds:.*", "seeds: [0]", text, flags=re.M)
-        fewer = "data.limit_per_class: 3" if "recipe: configs/vision" in text else "data.labelled: 8"
+        domain = re.search(r"recipe: configs/(\w+)/", text)[1]
+        fewer = {
+            "vision": "data.limit_per_class: 3",
+            "medical": "data.labelled: 8",
+            "protein": "model.backbone: esm2-graft",
+        }[domain]
         small = f"overrides: {{{fewer}, trainer.max_epochs: 1, trainer.limit_train_batches: 1}}\n"
-        text = re.sub(r"trainer.max_epochs: 12", "trainer.max_epochs: 1", text)
+        text = re.sub(r"trainer.max_epochs: 1[02]", "trainer.max_epochs: 1", text)
         study.write_text(re.sub(r"^overrides:.*\n(  .*\n)*", "", text, flags=re.M) + small)
         return ["compare", str(study), *arguments[2:]]
     return arguments
@@ -104,6 +114,7 @@ def test_the_python_examples_run(place, monkeypatch):
     [
         ("configs/demo.yaml", ("LinearProbe", "BitFit", "LoRA", "FullFineTune")),
         ("configs/demo_medical.yaml", ("NearestSlice", "ZeroShot", "HeadOnly", "LoRA", "FullFineTune")),
+        ("configs/demo_protein.yaml", ("KmerNearest", "Composition", "LinearProbe", "LoRA", "FullFineTune")),
     ],
 )
 def test_the_demo_runs_small(study, rows, place, monkeypatch):

@@ -119,6 +119,9 @@ class ToyData(L.LightningDataModule):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.facts = Facts()
 
+    def records(self, split):
+        return range(self.size if split == "train" else 8)
+
     def train_dataloader(self):
         return train_loader(ToySet(self.size, self.seed), self.batch_size, seed=self.seed)
 

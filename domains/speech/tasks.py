@@ -163,7 +163,7 @@ class Seq2SeqRecognition(Recognition):
         clip is padded to the longest that the data allows, in training and ever after.
         """
         full = self.full_context() if full is None else full
-        if not self.settings["cache_encoder"] or (full and not self.full_context()):
+        if not self.settings["cache_encoder"] or full != self.full_context():
             return super().hear(batch, full=full, all_layers=all_layers)
         samples = max(self._samples(), batch.audio.shape[1])
         audio = functional.pad(batch.audio, (0, samples - batch.audio.shape[1]))

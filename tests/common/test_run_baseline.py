@@ -66,6 +66,19 @@ def test_a_baseline_is_measured_by_the_tasks_metrics_without_a_loss(tmp_path):
     assert rows == [{"id": str(i), "prediction": most} for i in range(len(truth))]
 
 
+def test_a_set_for_testing_only_is_not_validated_on(tmp_path):
+    class TestOnly(ToyData):
+        def records(self, split):
+            return range(8 if split == "test" else 0)
+
+        def val_dataloader(self):
+            raise GraftError("there is none")
+
+    record = baseline(lora(), TestOnly(), tmp_path / "run", "Most", most_frequent)
+    assert record["val"] == {}
+    assert record["test"]["accuracy"] == pytest.approx(max(labels().count(y) for y in (0, 1)) / 8)
+
+
 def test_a_baseline_may_assemble_its_task_and_infer(tmp_path):
     """An untrained network is evaluated as a run of no step would be: in eval mode, on the same batches."""
     task, data = lora(), ToyData()

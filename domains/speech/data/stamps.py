@@ -103,7 +103,7 @@ def _takes(language: str, left_out: dict[str, int]) -> Iterator[Take]:
     groups = _groups(texts)
     dropped = Counter[str]()
     for stamps in alike.values():
-        first = stamps[0]
+        first = next((stamp for stamp in stamps if stamp in texts), stamps[0])
         spoken = {normalize(texts[stamp][1], "lower") for stamp in stamps if stamp in texts}
         why = _unusable(spoken, texts.get(first, ("", ""))[1], len(audios[first]) / RATE)
         if why:
