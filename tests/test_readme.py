@@ -10,7 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from common.artifacts import fetch
@@ -28,7 +30,7 @@ FEWER = {
     "vision": ["--data.limit_per_class", "3"],
     "medical": ["--data.batch_size", "1"],
     "protein": ["--data.shots", "4"],
-    "speech": ["--data.shots", "4"],
+    "speech": ["--data.speed", "[]"],
 }
 
 
@@ -50,7 +52,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder that looks like the repository's root, with a small folder of photos."""
+    """A folder that looks like the repository's root, with photos, recordings and proteins."""
     root = tmp_path_factory.mktemp("readme")
     (root / "configs").symlink_to(ROOT / "configs")
     for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
@@ -58,6 +60,14 @@ def place(tmp_path_factory):
         for shade in range(12):
             image = Image.new("RGB", (64, 64), tuple(channel + 3 * shade for channel in colour))
             image.save(root / "photos" / name / f"{shade}.png")
+    (root / "recordings").mkdir()
+    table = ["path,text,split"]
+    for number, name in enumerate((*"abcdefgh", "talk")):
+        noise = np.random.default_rng(number).normal(scale=0.1, size=16_000)
+        soundfile.write(root / "recordings" / f"{name}.wav", noise, 16_000)
+        table.append(f"recordings/{name}.wav,{name} {number},{('train', 'train', 'val', 'test')[number % 4]}")
+    (root / "clips.csv").write_text("\n".join(table) + "\n")
+    (root / "proteins.fasta").write_text(">a\nGIGKFLHSAKKFGKAFVGEIMNS\n>b\nMKTAYIAKQRQISFVKSHFSRQ\n")
     (root / "openclipart.deb").symlink_to(fetch("openclipart"))
     return root
 

@@ -159,7 +159,7 @@ def _baseline(argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
     options = {"config": cli.dump(), "recipe": str(_recipe(cli))}
     record = runs.baseline(cli.model, cli.datamodule, folder, name, function, **options, **_place(cli))
     console = Console(highlight=False, soft_wrap=True)
-    for stage in ("val", "test"):
+    for stage in ("val", "test") if record["val"] else ("test",):
         console.print(_quality(folder, stage, record))
     console.print(f"{name} is not trained  {record['cost']['fit_seconds']:.1f} s")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from common.task import AdaptedTask, Backbone, OptimSpec
 from domains.medical.backbones import MedicalBackbone, build, features
 from domains.medical.data._records import IGNORE, VolumeBatch, VolumeFacts
 from domains.medical.losses import balanced_weights, given_weights
-
-ClassWeights = Literal["none", "balanced"]
 
 
 class MedicalTask(AdaptedTask):

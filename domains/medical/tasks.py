@@ -16,11 +16,12 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from common.attach import Attached
 from common.checkpoint import write_atomically
+from common.class_weights import ClassWeights
 from common.errors import GraftError
 from common.methods import MethodSpec
 from common.task import Backbone, OptimSpec
 from domains.medical._labelmaps import dice_keys, largest_components, plain_names, write_nifti
-from domains.medical._task import ClassWeights, MedicalTask
+from domains.medical._task import MedicalTask
 from domains.medical.data._records import IGNORE, VolumeBatch
 from domains.medical.heads import HeadInit, PooledVolumeHead, SegmentationHead, TokenDecoder
 from domains.medical.losses import LossKind, SegmentationLoss

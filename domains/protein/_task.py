@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.class_weights import balanced_weights
 from common.errors import GraftError, unknown
 from common.frozen import FrozenPrefix, content
 from common.methods import MethodSpec
@@ -18,8 +19,6 @@ from common.task import AdaptedTask, Backbone, OptimSpec
 from domains.protein._alphabet import PAD, STANDARD
 from domains.protein.backbones import ProteinBackbone, build, residue_features
 from domains.protein.data._records import ProteinBatch, ProteinFacts
-
-ClassWeights = Literal["none", "balanced"]
 
 _EXAMPLE = (13, 8)  # residues of the two proteins of an example batch: one of them is padded
 _KINDS = {
@@ -233,19 +232,3 @@ class ProteinTask(AdaptedTask):
 
     def _output_lines(self) -> str:
         return "outputs = head(residue_features(built, model, residues, mask), mask)\n"
-
-
-def balanced_weights(counts: Mapping[str, int], names: Sequence[str]) -> Tensor:
-    """Weigh classes by their inverse frequency: N / (K n_k), (K,).
-
-    Raises:
-        GraftError: A class without a training example.
-    """
-    missing = [name for name in names if not counts.get(name)]
-    if missing:
-        raise GraftError(
-            f"class_weights is 'balanced', and training has no example of {', '.join(missing)}. Add some, leave the "
-            "class out, or set class_weights to 'none'."
-        )
-    found = torch.tensor([float(counts[name]) for name in names])
-    return found.sum() / (len(names) * found)

@@ -14,12 +14,13 @@ from torch.nn import functional
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from common.class_weights import ClassWeights
 from common.errors import GraftError
 from common.loading import mix_seed
 from common.methods import MethodSpec
 from common.task import OptimSpec
 from domains.protein._alphabet import ALPHABET, STANDARD
-from domains.protein._task import ClassWeights, ProteinTask
+from domains.protein._task import ProteinTask
 from domains.protein.backbones import MASK, lm_features
 from domains.protein.data._records import IGNORE, ProteinBatch, Record
 from domains.protein.data.base import UNLABELLED_RESIDUE

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MetricCollection
 
+from common.class_weights import ClassWeights
 from common.methods import MethodSpec
 from common.task import OptimSpec
 from domains.protein._alphabet import PAD
-from domains.protein._task import ClassWeights, ProteinTask
+from domains.protein._task import ProteinTask
 from domains.protein.data._records import ProteinBatch, Record
 from domains.protein.heads import HeadKind, PairHead, PooledProteinHead, Pooling
 from domains.protein.metrics import class_metrics, label_metrics, value_metrics

@@ -13,11 +13,12 @@ from torchmetrics import MetricCollection
 from common.attach import Attached
 from common.checkpoint import write_atomically
 from common.errors import GraftError
+from common.splits import stable_hash
 from common.task import Backbone
 from domains.speech._task import SpeechTask, records_of, warn
 from domains.speech._text import normalize
 from domains.speech.backbones import TextTokens
-from domains.speech.data._records import Record, SpeechBatch, stable_hash
+from domains.speech.data._records import Record, SpeechBatch
 from domains.speech.metrics import align, codes_of, text_metrics, texts_of
 from domains.speech.pictures import picture_of
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from common.errors import GraftError, unknown
+from common.class_weights import ClassWeights, balanced_weights
+from common.errors import unknown
 from common.methods import MethodSpec
 from common.task import OptimSpec
 from domains.speech._task import Context, SpeechTask
@@ -19,8 +19,6 @@ from domains.speech.backbones import SpecAugment
 from domains.speech.data._records import SpeechBatch
 from domains.speech.heads import Pooling, UtteranceHead
 from domains.speech.metrics import class_metrics
-
-ClassWeights = Literal["none", "balanced"]
 
 
 class UtteranceClassification(SpeechTask):
@@ -173,19 +171,3 @@ class UtteranceClassification(SpeechTask):
     def _output_lines(self, call: str) -> str:
         mixed = ", all_layers=True" if self.settings["layer_mix"] else ""
         return f"outputs = head(*{call}{mixed}))  # logits of {', '.join(self.facts.class_names)}"
-
-
-def balanced_weights(counts: Mapping[str, int], names: Sequence[str]) -> Tensor:
-    """Weigh classes by their inverse frequency: N / (K n_k), (K,).
-
-    Raises:
-        GraftError: A class without a training example.
-    """
-    missing = [name for name in names if not counts.get(name)]
-    if missing:
-        raise GraftError(
-            f"class_weights is 'balanced', and training has no example of {', '.join(missing)}. Add some, leave the "
-            "class out, or set class_weights to 'none'."
-        )
-    found = torch.tensor([float(counts[name]) for name in names])
-    return found.sum() / (len(names) * found)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from common.errors import GraftError, unknown
+from common.splits import SPLITS, Split
 from domains.medical.data._dataset import Loaded
 from domains.medical.data._geometry import spacing_of
-from domains.medical.data._records import IGNORE, SPLITS, Case, Split
+from domains.medical.data._records import IGNORE, Case
 from domains.medical.data._splits import assign_splits, refuse_leaks
 from domains.medical.data.base import Contents, VolumeData, checked_patch, refuse_small
 from domains.medical.data.prepare import INTENSITIES, prepare, prepare_label

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from common.splits import Split
+
 SPLIT_NAMES: Mapping[str, Split] = {
     "train": "train",
     "training": "train",
@@ -84,11 +84,6 @@ class VolumeFacts:
     digest: str
     counts: Mapping[str, int] = field(default_factory=dict)
     skipped: int = 0
-
-
-def stable_hash(text: str, salt: str = "") -> int:
-    """Hash a text to 64 bits, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=8).digest(), "big")
 
 
 def digest_of(rows: Sequence[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from common.errors import GraftError
 from common.loading import mix_seed
-from domains.medical.data._records import Split
+from common.splits import Split
 
 VAL_QUANTILES = (0.2, 0.4, 0.6, 0.8)
 # Slices nearer than this to a labelled one look like it.

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from common.errors import GraftError
-from domains.medical.data._records import Split, stable_hash
+from common.splits import Split, stable_hash
 
 
 def assign_splits(groups: Sequence[str], targets: Sequence[str], fractions: Mapping[Split, float]) -> list[Split]:

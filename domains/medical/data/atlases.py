@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from common.errors import unknown
+from common.splits import SPLITS, Split
 from domains.medical.data._atlases import CLASSES, atlas_files
 from domains.medical.data._augment import Deformation, pose_points, random_contrast, rotation
 from domains.medical.data._dataset import Loaded, Painter, sampled
 from domains.medical.data._geometry import sample_linear, sample_nearest, spacing_of
-from domains.medical.data._records import IGNORE, SPLITS, Case, Split
+from domains.medical.data._records import IGNORE, Case
 from domains.medical.data._slices import choose_slices
 from domains.medical.data._synthesis import TISSUES, draw_image, tissue_regions
 from domains.medical.data.base import Contents, VolumeData, checked_patch

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, eval_loader, train_loader
+from common.splits import SPLITS, Split
 from domains.medical.data._augment import Deformation, random_intensity
 from domains.medical.data._dataset import Loaded, Painter, Patches, Wholes
-from domains.medical.data._records import SPLITS, Case, Split, VolumeBatch, VolumeFacts, digest_of
+from domains.medical.data._records import Case, VolumeBatch, VolumeFacts, digest_of
 
 _LEAST_PATCHES = 32
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from common.errors import GraftError, suggest, unknown
+from common.splits import SPLITS, Split
 from domains.medical.data._dataset import Loaded
 from domains.medical.data._own import Entry, Listing, OwnVolumes, content_of
-from domains.medical.data._records import SPLIT_NAMES, SPLITS, Case, Split
+from domains.medical.data._records import SPLIT_NAMES, Case
 from domains.medical.data.base import Contents, VolumeData
 
 

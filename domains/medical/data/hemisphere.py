@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from common.errors import GraftError, unknown
+from common.splits import SPLITS, Split
 from domains.medical.data._atlases import CLASSES, atlas_files
 from domains.medical.data._augment import Deformation, pose_points, rotation
 from domains.medical.data._dataset import Loaded
 from domains.medical.data._geometry import sample_linear, sample_nearest
-from domains.medical.data._records import IGNORE, SPLITS, Case, Split
+from domains.medical.data._records import IGNORE, Case
 from domains.medical.data.atlases import load_brain
 from domains.medical.data.base import Contents, VolumeData, checked_patch
 

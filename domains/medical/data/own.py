@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from common.errors import GraftError
+from common.splits import Split
 from domains.medical.data._own import Entry, Listing, OwnVolumes
 from domains.medical.data._reading import PICTURES, picture_channels
-from domains.medical.data._records import IGNORE, SPLIT_NAMES, Case, Split
+from domains.medical.data._records import IGNORE, SPLIT_NAMES, Case
 from domains.medical.data.prepare import read_labels
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.errors import GraftError, unknown
+from common.splits import SPLITS, Split, stable_hash
 from domains.protein.data._reading import fault, warn_of_dna
-from domains.protein.data._records import SPLIT_NAMES, SPLITS, Contents, Kind, Record, Split, stable_hash
+from domains.protein.data._records import SPLIT_NAMES, Contents, Kind, Record
 from domains.protein.data._similarity import CLUSTERS, split_by_cluster
 from domains.protein.data._splitting import contents, data_card, merge_copies, similarity_split
 from domains.protein.data.base import ProteinData, labels_of

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from common import artifacts
-from domains.protein.data._records import Contents, Kind, Record, Split
+from common.splits import Split
+from domains.protein.data._records import Contents, Kind, Record
 from domains.protein.data._splitting import contents, data_card, merge_copies, similarity_split
 
 FRACTIONS: Mapping[Split, float] = {"train": 0.5, "val": 0.15, "test": 0.35}

@@ -21,8 +21,8 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from common.errors import GraftError
+from common.splits import Split, stable_hash
 from domains.protein._alphabet import ALPHABET, encode
-from domains.protein.data._records import Split, stable_hash
 
 Clusters = Literal["kmers", "mmseqs2"]
 CLUSTERS: tuple[Clusters, ...] = ("kmers", "mmseqs2")

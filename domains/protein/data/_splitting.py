@@ -10,7 +10,8 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from domains.protein.data._records import SPLITS, Contents, Kind, Record, Split
+from common.splits import SPLITS, Split
+from domains.protein.data._records import Contents, Kind, Record
 from domains.protein.data._similarity import Clusters, cluster, leak_score, shuffled_sides, split_by_cluster
 
 

@@ -14,20 +14,18 @@ from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, bucketed_eval_loader, bucketed_loader
+from common.splits import SPLITS, Split, stable_hash
 from domains.protein.data._dataset import Proteins, Target, collate, length_of, no_target, refuse_long
 from domains.protein.data._records import (
     IGNORE,
     LONG,
-    SPLITS,
     Contents,
     Kind,
     Long,
     ProteinBatch,
     ProteinFacts,
     Record,
-    Split,
     digest_of,
-    stable_hash,
 )
 
 UNLABELLED_RESIDUE = "."

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import GraftError, suggest, unknown
+from common.splits import Split
 from domains.protein.data._own import OwnProteins, Row, cut_by_hash, split_named
 from domains.protein.data._reading import clean, read_fasta, read_table
-from domains.protein.data._records import Kind, Record, Split
+from domains.protein.data._records import Kind, Record
 from domains.protein.data.base import UNLABELLED_RESIDUE
 
 LabelKind = Literal["classes", "labels", "value"]

@@ -10,9 +10,10 @@ from typing import Any
 
 from common import artifacts
 from common.errors import GraftError
+from common.splits import Split, stable_hash
 from domains.protein.data._prepared import Listing, read_set
 from domains.protein.data._reading import parse_fasta
-from domains.protein.data._records import Contents, Record, Split, stable_hash
+from domains.protein.data._records import Contents, Record
 from domains.protein.data._uniprot import (
     ENZYME_CLASSES,
     SUPERKINGDOMS,

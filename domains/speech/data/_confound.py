@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from common import artifacts
 from common.errors import GraftError
+from common.splits import Split, stable_hash
 from domains.speech._audio import RATE, Channel
 from domains.speech.data._dataset import load
-from domains.speech.data._records import Record, Split, stable_hash
+from domains.speech.data._records import Record
 
 if TYPE_CHECKING:
     from torchaudio.transforms import MelSpectrogram

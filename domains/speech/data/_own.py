@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import GraftError, unknown
+from common.splits import SPLITS, Split
 from domains.speech._audio import Header, fingerprint, read_header
 from domains.speech._text import normalize
-from domains.speech.data._records import SPLIT_NAMES, SPLITS, Contents, Kind, Record, Split
+from domains.speech.data._records import SPLIT_NAMES, Contents, Kind, Record
 from domains.speech.data._splits import part_texts, split_by_group
 from domains.speech.data.base import SpeechData
 

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from common.splits import Split
+
 SPLIT_NAMES: Mapping[str, Split] = {
     "train": "train",
     "training": "train",
@@ -133,11 +133,6 @@ class Contents:
     class_names: tuple[str, ...] = ()
     skipped: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
-
-
-def stable_hash(text: str, salt: str = "") -> int:
-    """Hash a text to 64 bits, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=8).digest(), "big")
 
 
 def digest_of(splits: Mapping[Split, Sequence[Record]]) -> str:

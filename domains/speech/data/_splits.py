@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from common.errors import GraftError
-from domains.speech.data._records import SPLITS, Split, stable_hash
+from common.splits import SPLITS, Split, stable_hash
 
 
 def split_by_group(groups: Sequence[str], strata: Sequence[str], fractions: Mapping[Split, float]) -> list[Split]:

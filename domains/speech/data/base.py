@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import BucketBatchSampler, EpochBatchSampler, StatefulLoader, bucketed_eval_loader
+from common.splits import SPLITS, Split, stable_hash
 from domains.speech._audio import CHANNELS, RATE, Channel
 from domains.speech._text import NORMALIZERS, Normalizer, normalize
 from domains.speech.data._confound import data_card
@@ -23,16 +24,13 @@ from domains.speech.data._dataset import Clips, EvalClips, TrainClips, load
 from domains.speech.data._records import (
     LONG,
     SHORT_SECONDS,
-    SPLITS,
     Contents,
     Kind,
     Long,
     Record,
     SpeechBatch,
     SpeechFacts,
-    Split,
     digest_of,
-    stable_hash,
 )
 
 LEAST_SECONDS = 0.05

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import GraftError
+from common.splits import SPLITS
 from domains.speech.data._own import OwnSpeech, Row, row_of
 from domains.speech.data._reading import Table, lines_of, read_table, read_text
-from domains.speech.data._records import SPLITS
 
 _EMPTY = "without a transcript"
 

@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageOps
 
 from common.errors import GraftError
+from common.splits import SPLITS, Split, stable_hash
 from domains.vision.data._images import on_white, progress_bar
-from domains.vision.data._records import SPLITS, Contents, Record, Split
-from domains.vision.data._splits import assign_splits, near_duplicates, stable_hash
+from domains.vision.data._records import Contents, Record
+from domains.vision.data._splits import assign_splits, near_duplicates
 
 INDEX = "index.csv"
 COUNTS = "counts.json"

@@ -11,10 +11,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from domains.vision.data._splits import stable_hash
-
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
+from common.splits import Split, stable_hash
 
 
 class ImageBatch(NamedTuple):

@@ -8,18 +8,13 @@ most its neighbours at a cut.
 from __future__ import annotations
 
 import collections
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from common.errors import GraftError
-
-
-def stable_hash(text: str, salt: str = "") -> int:
-    """Hash a text to 64 bits, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=8).digest(), "big")
+from common.splits import stable_hash
 
 
 def assign_splits(labels: Sequence[str], groups: Sequence[str], fractions: Mapping[str, float]) -> list[str]:

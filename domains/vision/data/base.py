@@ -14,18 +14,10 @@ from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, eval_loader, train_loader
+from common.splits import SPLITS, Split
 from domains.vision.data._dataset import Images
 from domains.vision.data._images import Fit, ImageStore
-from domains.vision.data._records import (
-    SPLITS,
-    Contents,
-    ImageBatch,
-    ImageFacts,
-    Record,
-    Split,
-    digest_of,
-    first_per_class,
-)
+from domains.vision.data._records import Contents, ImageBatch, ImageFacts, Record, digest_of, first_per_class
 from domains.vision.data._transforms import centre, crop_and_flip
 
 # Training images are kept this much larger than a crop, so that a random crop is seldom enlarged.

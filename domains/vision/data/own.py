@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import GraftError, suggest, unknown
+from common.splits import SPLITS, Split
 from domains.vision.data._images import SUFFIXES, read_image
-from domains.vision.data._records import SPLITS, Contents, Record, Split
+from domains.vision.data._records import Contents, Record
 from domains.vision.data._splits import assign_splits
 from domains.vision.data.base import ImageData
 

@@ -12,9 +12,10 @@ from torchvision import datasets
 
 from common import artifacts
 from common.errors import GraftError, unknown
+from common.splits import SPLITS, Split
 from domains.vision.data._images import progress_bar
 from domains.vision.data._prepare import read_index, write_index
-from domains.vision.data._records import SPLITS, Contents, Record, Split
+from domains.vision.data._records import Contents, Record
 from domains.vision.data._splits import assign_splits
 from domains.vision.data.base import ImageData
 

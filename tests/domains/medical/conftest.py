@@ -13,8 +13,9 @@ from torch import Tensor
 
 from common.domain import Domain
 from common.loading import train_loader
+from common.splits import SPLITS
 from domains.medical.data._dataset import Loaded, Wholes
-from domains.medical.data._records import IGNORE, SPLITS, Case
+from domains.medical.data._records import IGNORE, Case
 from domains.medical.data.base import Contents, VolumeData
 from domains.medical.tasks import Segmentation
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from common.splits import SPLITS
 from domains import DOMAINS as BUILTIN
 from domains import protein
 from domains.protein import backbones
 from domains.protein._alphabet import STANDARD
 from domains.protein.backbones._unirep import Size
-from domains.protein.data._records import SPLITS, Contents, Kind, Record
+from domains.protein.data._records import Contents, Kind, Record
 from domains.protein.data.base import ProteinData
 from domains.protein.starters import Starter
 from domains.protein.tasks import SequenceClassification

@@ -19,7 +19,6 @@ from common.run import fit, read_record
 from common.run import test as run_test
 from common.task import OptimSpec
 from domains.protein._alphabet import PAD
-from domains.protein._task import balanced_weights
 from domains.protein.backbones import MASK, lm_logits, residue_features
 from domains.protein.data._records import IGNORE
 from domains.protein.data.base import ProteinData
@@ -100,12 +99,6 @@ def test_the_loss_weighs_and_smooths(tmp_path):
     torch.testing.assert_close(made.loss.weight, expected)
     assert made.loss.label_smoothing == 0.2
     assert task_of(LORA, data_of(), class_weights="balanced").loss.weight is None  # there is nothing to count in
-
-
-def test_balanced_weights_need_every_class():
-    torch.testing.assert_close(balanced_weights({"a": 1, "b": 3}, ("a", "b")), torch.tensor([2.0, 2 / 3]))
-    with pytest.raises(GraftError, match="training has no example of b"):
-        balanced_weights({"a": 1}, ("a", "b"))
 
 
 def test_residues_are_weighed_by_their_own_counts():

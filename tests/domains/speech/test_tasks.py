@@ -16,7 +16,7 @@ from domains.speech.backbones import SpecAugment, build, decode, encode
 from domains.speech.forgetting import forgetting
 from domains.speech.metrics import texts_of
 from domains.speech.tasks import CTCRecognition, Seq2SeqRecognition, collapsed, needed
-from domains.speech.utterance import UtteranceClassification, balanced_weights
+from domains.speech.utterance import UtteranceClassification
 from tests.domains.speech.toy import Beeps, data_of, task_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -191,12 +191,6 @@ def test_clips_too_short_for_their_text_are_counted_and_cost_nothing(wave, texts
 
 
 # ---- classes
-
-
-def test_classes_are_weighed_by_their_training_clips():
-    torch.testing.assert_close(balanced_weights({"a": 1, "b": 3}, ("a", "b")), torch.tensor([2.0, 2 / 3]))
-    with pytest.raises(GraftError, match="training has no example of b"):
-        balanced_weights({"a": 1}, ("a", "b"))
 
 
 def test_utterances_are_pooled_over_their_own_length(wave, classes):

@@ -10,10 +10,11 @@ import numpy as np
 import soundfile
 import torch
 
+from common.splits import SPLITS
 from domains import DOMAINS as BUILTIN
 from domains import speech
 from domains.speech._audio import RATE
-from domains.speech.data._records import SPLITS, Contents, Record
+from domains.speech.data._records import Contents, Record
 from domains.speech.data.base import SpeechData
 
 DOMAINS = {**BUILTIN, "speech": speech.DOMAIN}

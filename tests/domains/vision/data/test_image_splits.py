@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import GraftError
-from domains.vision.data._splits import assign_splits, near_duplicates, stable_hash
+from common.splits import stable_hash
+from domains.vision.data._splits import assign_splits, near_duplicates
 
 THREE = {"train": 0.5, "val": 0.15, "test": 0.35}
 
