@@ -202,7 +202,7 @@ def test_doctor_runs_from_a_clone_that_is_not_installed(monkeypatch):
         (["baseline", "--config", "x.yaml"], "Say which baseline"),
         (["baseline", "Majority", "--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
         ([], "Say what to do: fit, validate, test, baseline, list,"),
-        (["exprt"], "Unknown verb 'exprt'. Did you mean 'export'? Allowed: baseline, compare,"),
+        (["exprt"], "Unknown verb 'exprt'. Did you mean 'export'? Allowed: baseline, cache, compare,"),
         (["fly"], "Unknown verb 'fly'."),
         (["--frob"], "Unrecognized arguments: --frob. See `graft --help`."),
         (["export", "run"], "The following arguments are required: out. See `graft export --help`."),
