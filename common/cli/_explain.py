@@ -95,7 +95,10 @@ def _class(message: str, keys: Sequence[str]) -> GraftError | None:
     if not wrong or not keys or keys[0] not in _SECTIONS:
         return None
     offers = {"peft": list(METHODS), "model": _names(AdaptedTask), "data": _names(L.LightningDataModule)}
-    return unknown(_SECTIONS[keys[0]], wrong.group(1), offers[keys[0]])
+    error = str(unknown(_SECTIONS[keys[0]], wrong.group(1), offers[keys[0]]))
+    if len(offers[keys[0]]) > _MANY and "Did you mean" in error:
+        error = f"{error.split(' Allowed:')[0]} `graft fit --help` lists all."
+    return GraftError(error)
 
 
 def _missing(message: str, path: str) -> GraftError | None:
@@ -134,11 +137,15 @@ def _one_line(message: str) -> str:
 
 
 def _names(base: type[Any]) -> list[str]:
-    """Return the public classes below a base that are no bases of others."""
+    """Return the public classes below a base; those in private modules and in `base.py` are there to build on."""
     found: list[str] = []
     for child in base.__subclasses__():
-        if not child.__module__.startswith("lightning"):
-            found += _names(child) or ([child.__name__] if not child.__name__.startswith("_") else [])
+        if child.__module__.startswith("lightning"):
+            continue
+        found += _names(child)
+        module = child.__module__.rpartition(".")[2]
+        if not child.__name__.startswith("_") and not module.startswith("_") and module != "base":
+            found.append(child.__name__)
     return sorted(set(found))
 
 

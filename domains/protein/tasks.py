@@ -21,7 +21,7 @@ from domains.protein.heads import HeadKind, PairHead, PooledProteinHead, Pooling
 from domains.protein.metrics import class_metrics, label_metrics, value_metrics
 
 
-class PooledTask(ProteinTask):
+class _PooledTask(ProteinTask):
     """What the tasks share whose head reads the pooled features of a protein.
 
     Args:
@@ -97,16 +97,16 @@ class PooledTask(ProteinTask):
         return f"residue_features(built, model, {residues}, {mask}{start})"
 
 
-class ClassTask(PooledTask):
+class _ClassTask(_PooledTask):
     """What the tasks of exclusive classes share.
 
     Args:
-        backbone: See `PooledTask`.
+        backbone: See `_PooledTask`.
         peft: The PEFT method.
         optim: Optimizer and schedule.
         class_weights: Weights of the cross-entropy: `none`, or `balanced` (inverse frequencies of the training labels).
         label_smoothing: Share of the target mass spread over all classes.
-        **options: See `PooledTask`.
+        **options: See `_PooledTask`.
     """
 
     def __init__(
@@ -146,27 +146,27 @@ class ClassTask(PooledTask):
         return rows
 
 
-class SequenceClassification(ClassTask):
+class SequenceClassification(_ClassTask):
     """Classify proteins or peptides into one class each.
 
     Args:
         backbone: A starter's name, an ESM-2 or other Hugging Face encoder's, or a local folder or file.
         peft: The PEFT method.
         optim: Optimizer and schedule.
-        **options: See `ClassTask` and `PooledTask`.
+        **options: See `_ClassTask` and `_PooledTask`.
     """
 
     kind: ClassVar[str] = "classes"
 
 
-class PairClassification(ClassTask):
+class PairClassification(_ClassTask):
     """Classify pairs of proteins; the order of the two does not matter.
 
     Args:
         backbone: A starter's name, an ESM-2 or other Hugging Face encoder's, or a local folder or file.
         peft: The PEFT method.
         optim: Optimizer and schedule.
-        **options: See `ClassTask` and `PooledTask`.
+        **options: See `_ClassTask` and `_PooledTask`.
     """
 
     kind: ClassVar[str] = "pairs"
@@ -195,14 +195,14 @@ class PairClassification(ClassTask):
         )
 
 
-class MultiLabel(PooledTask):
+class MultiLabel(_PooledTask):
     """Find the labels of a protein, any number of them.
 
     Args:
         backbone: A starter's name, an ESM-2 or other Hugging Face encoder's, or a local folder or file.
         peft: The PEFT method.
         optim: Optimizer and schedule.
-        **options: See `PooledTask`.
+        **options: See `_PooledTask`.
     """
 
     kind: ClassVar[str] = "labels"
@@ -230,7 +230,7 @@ class MultiLabel(PooledTask):
         return rows
 
 
-class SequenceRegression(PooledTask):
+class SequenceRegression(_PooledTask):
     """Predict a number for each protein: stability, fitness, brightness.
 
     The head works in standard deviations from the mean of the training values; outputs are in the values' own unit.
@@ -239,7 +239,7 @@ class SequenceRegression(PooledTask):
         backbone: A starter's name, an ESM-2 or other Hugging Face encoder's, or a local folder or file.
         peft: The PEFT method.
         optim: Optimizer and schedule.
-        **options: See `PooledTask`.
+        **options: See `_PooledTask`.
     """
 
     kind: ClassVar[str] = "value"

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from common.cli._explain import _names
 from common.errors import GraftError
 from common.exchange import export
 from common.methods import FullFineTune
 from common.run import fit, read_record
-from common.task import OptimSpec
+from common.task import AdaptedTask, OptimSpec
 from domains.protein import distillation
 from domains.protein._alphabet import STANDARD
 from domains.protein.backbones import build, lm_logits, residue_features
@@ -116,3 +117,8 @@ def test_a_fit_lowers_the_loss_and_becomes_a_starter(tmp_path):
 def test_shares_and_weights_out_of_range_are_refused():
     with pytest.raises(GraftError, match=r"changed is 2\.0 and lm_weight 0\.5"):
         Distillation(ESM, FullFineTune(), changed=2.0)
+
+
+def test_a_task_that_another_one_builds_on_is_still_offered():
+    assert {"MaskedLM", "Distillation", "SequenceClassification"} <= set(_names(AdaptedTask))
+    assert not {"ProteinTask", "_PooledTask"} & set(_names(AdaptedTask))

@@ -43,7 +43,7 @@ from tests.domains.vision.conftest import write_recipe
         ("--model.pooling first", "Unknown model.pooling 'first'. Allowed: "),
         ("--model.pretrained perhaps", "model.pretrained is 'perhaps', but it takes true or false. "),
         ("--model.weights /nowhere.pth", "There is no weights file /nowhere.pth. "),
-        ("--data ImageFolders", "Unknown datamodule 'ImageFolders'. Did you mean 'ImageFolder'? Allowed: "),
+        ("--data ImageFolders", "Unknown datamodule 'ImageFolders'. Did you mean 'ImageFolder'? "),
         ("--data.rot x", "'rot' is no setting of ImageFolder. Did you mean 'root'? Allowed: "),
         ("--data.bach_size 3", "'bach_size' is no setting of ImageFolder. Did you mean 'batch_size'? Allowed: "),
         ("--data.batch_size 0", "ImageFolder: batch_size is 0 (at least 1)."),
