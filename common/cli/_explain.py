@@ -137,14 +137,15 @@ def _one_line(message: str) -> str:
 
 
 def _names(base: type[Any]) -> list[str]:
-    """Return the public classes below a base; those in private modules and in `base.py` are there to build on."""
+    """Return the public classes below a base; those in private modules, `base.py` and the core are to build on."""
     found: list[str] = []
     for child in base.__subclasses__():
         if child.__module__.startswith("lightning"):
             continue
         found += _names(child)
-        module = child.__module__.rpartition(".")[2]
-        if not child.__name__.startswith("_") and not module.startswith("_") and module != "base":
+        package, _, module = child.__module__.rpartition(".")
+        private = child.__name__.startswith("_") or module.startswith("_")
+        if not private and module != "base" and package != "common":
             found.append(child.__name__)
     return sorted(set(found))
 

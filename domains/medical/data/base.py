@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, eval_loader, train_loader
+from common.split_data import SplitData
 from common.splits import SPLITS, Split
 from domains.medical.data._augment import Deformation, random_intensity
 from domains.medical.data._dataset import Loaded, Painter, Patches, Wholes
@@ -37,7 +37,7 @@ class Contents:
     skipped: int = 0
 
 
-class VolumeData(LightningDataModule):
+class VolumeData(SplitData[Case, VolumeFacts]):
     """Labelled images or volumes in three splits. Subclasses say where they come from (`_read`, `_load`).
 
     Preprocessed cases stay in memory up to `cache_bytes`. Training takes random patches, centred near labelled voxels
@@ -83,8 +83,6 @@ class VolumeData(LightningDataModule):
         )
         self.batch_size, self.patches_per_epoch, self.num_workers = batch_size, patches_per_epoch, num_workers
         self.augment, self.flip, self.seed, self.cache_bytes = augment, flip, seed, cache_bytes
-        self._records: dict[Split, tuple[Case, ...]] = {}
-        self._facts: VolumeFacts | None = None
         self._kept: dict[tuple[Split, int], Loaded] = {}
         self._bytes = 0
 
@@ -141,27 +139,6 @@ class VolumeData(LightningDataModule):
             skipped=found.skipped,
         )
 
-    @property
-    def facts(self) -> VolumeFacts:
-        """What is known about the set after `setup`."""
-        if self._facts is None:
-            raise RuntimeError("Call setup() first.")
-        return self._facts
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their labels."""
-        return self.facts.class_names
-
-    def records(self, split: str) -> Sequence[Case]:
-        """Return the cases of a split, in the order of `VolumeBatch.index`.
-
-        Raises:
-            GraftError: There is no such split.
-        """
-        _ = self.facts
-        return self._records[_split(split)]
-
     def case(self, split: str, index: int) -> dict[str, Any]:
         """Return a whole preprocessed case.
 
@@ -205,18 +182,6 @@ class VolumeData(LightningDataModule):
         if self.num_workers:
             dataset.find_centres()
         return train_loader(dataset, self.batch_size, seed=self.seed, num_workers=self.num_workers, **_pin())
-
-    def val_dataloader(self) -> DataLoader[VolumeBatch]:
-        """Return the whole validation cases, in order."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[VolumeBatch]:
-        """Return the whole test cases, in order."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[VolumeBatch]:
-        """Return the whole test cases, in order."""
-        return self._eval_loader("test")
 
     def _eval_loader(self, split: Split) -> DataLoader[VolumeBatch]:
         dataset = Wholes(lambda index: self._loaded(split, index), len(self.records(split)))

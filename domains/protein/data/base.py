@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, bucketed_eval_loader, bucketed_loader
+from common.split_data import SplitData
 from common.splits import SPLITS, Split, stable_hash
 from domains.protein.data._dataset import Proteins, Target, collate, length_of, no_target, refuse_long
 from domains.protein.data._records import (
@@ -32,7 +32,7 @@ UNLABELLED_RESIDUE = "."
 """Letter of a residue without a label."""
 
 
-class ProteinData(LightningDataModule):
+class ProteinData(SplitData[Record, ProteinFacts]):
     """Proteins or peptides in three splits. Subclasses say where they come from (`_read`).
 
     Sequences stay in memory, a byte a residue. A batch holds proteins of about one length, many short ones or few long
@@ -72,8 +72,6 @@ class ProteinData(LightningDataModule):
             raise unknown("rule for long proteins", long, LONG)
         self.max_length, self.long, self.tokens_per_batch = max_length, long, tokens_per_batch
         self.shots, self.shots_draw, self.seed, self.num_workers = shots, shots_draw, seed, num_workers
-        self._records: dict[Split, tuple[Record, ...]] = {}
-        self._facts: ProteinFacts | None = None
 
     # ---- what a subclass provides
 
@@ -123,46 +121,10 @@ class ProteinData(LightningDataModule):
             leak=dict(found.leak),
         )
 
-    @property
-    def facts(self) -> ProteinFacts:
-        """What is known about the set after `setup`."""
-        if self._facts is None:
-            raise RuntimeError("Call setup() first.")
-        return self._facts
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their labels; none for values and without labels."""
-        return self.facts.class_names
-
-    def records(self, split: str) -> Sequence[Record]:
-        """Return the records of a split, in the order of `ProteinBatch.index`.
-
-        Raises:
-            GraftError: There is no such split.
-        """
-        _ = self.facts
-        for name in SPLITS:
-            if name == split:
-                return self._records[name]
-        raise unknown("split", split, SPLITS)
-
     def train_dataloader(self) -> StatefulLoader:
         """Return the shuffled, resumable loader of `ProteinBatch`es."""
         dataset = self._dataset("train")
         return bucketed_loader(dataset, dataset.lengths, self.tokens_per_batch, seed=self.seed, **self._options())
-
-    def val_dataloader(self) -> DataLoader[ProteinBatch]:
-        """Return the validation records, from short to long."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[ProteinBatch]:
-        """Return the test records, from short to long."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[ProteinBatch]:
-        """Return the test records, from short to long."""
-        return self._eval_loader("test")
 
     def _eval_loader(self, split: Split) -> DataLoader[ProteinBatch]:
         dataset = self._dataset(split)

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import BucketBatchSampler, EpochBatchSampler, StatefulLoader, bucketed_eval_loader
+from common.split_data import SplitData
 from common.splits import SPLITS, Split, stable_hash
 from domains.speech._audio import CHANNELS, RATE, Channel
 from domains.speech._text import NORMALIZERS, Normalizer, normalize
@@ -28,7 +27,6 @@ from domains.speech.data._records import (
     Kind,
     Long,
     Record,
-    SpeechBatch,
     SpeechFacts,
     digest_of,
 )
@@ -40,7 +38,7 @@ _MOST_CHARACTERS = 35.0
 _SPEEDS = (0.5, 2.0)
 
 
-class SpeechData(LightningDataModule):
+class SpeechData(SplitData[Record, SpeechFacts]):
     """Clips of speech in three splits. Subclasses say where they come from (`_read`).
 
     Audio stays on disk and is read, resampled to 16 kHz and reduced to one channel when its batch is made. A batch
@@ -110,10 +108,8 @@ class SpeechData(LightningDataModule):
         self.seconds_per_batch, self.batch_size, self.speed = seconds_per_batch, batch_size, tuple(speed)
         self.max_bad, self.shots, self.shots_draw = max_bad, shots, shots_draw
         self.seed, self.num_workers = seed, num_workers
-        self._records: dict[Split, tuple[Record, ...]] = {}
         self._bad: dict[Split, Tensor] = {}
         self._named: set[tuple[Split, int]] = set()
-        self._facts: SpeechFacts | None = None
 
     # ---- what a subclass provides
 
@@ -180,30 +176,6 @@ class SpeechData(LightningDataModule):
             speakers={side: len({r.speaker for r in records} - {""}) for side, records in splits.items()},
         )
 
-    @property
-    def facts(self) -> SpeechFacts:
-        """What is known about the set after `setup`."""
-        if self._facts is None:
-            raise RuntimeError("Call setup() first.")
-        return self._facts
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their labels; none for transcripts."""
-        return self.facts.class_names
-
-    def records(self, split: str) -> Sequence[Record]:
-        """Return the records of a split, in the order of `SpeechBatch.index`.
-
-        Raises:
-            GraftError: There is no such split.
-        """
-        _ = self.facts
-        for name in SPLITS:
-            if name == split:
-                return self._records[name]
-        raise unknown("split", split, SPLITS)
-
     def train_dataloader(self) -> StatefulLoader:
         """Return the shuffled, resumable loader of `SpeechBatch`es."""
         self._needs("train")
@@ -215,18 +187,6 @@ class SpeechData(LightningDataModule):
         else:
             sampler = EpochBatchSampler(len(dataset), self.batch_size, seed=self.seed)
         return TrainClips(dataset, sampler, partial(self.watch, "train"), **self._options(dataset))
-
-    def val_dataloader(self) -> DataLoader[SpeechBatch]:
-        """Return the validation clips, from short to long."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[SpeechBatch]:
-        """Return the test clips, from short to long."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[SpeechBatch]:
-        """Return the test clips, from short to long."""
-        return self._eval_loader("test")
 
     def watch(self, split: Split) -> None:
         """Warn of clips of a split that turned out to be unreadable since the last look.

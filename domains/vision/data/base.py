@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from lightning import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, eval_loader, train_loader
+from common.split_data import SplitData
 from common.splits import SPLITS, Split
 from domains.vision.data._dataset import Images
 from domains.vision.data._images import Fit, ImageStore
@@ -24,7 +24,7 @@ from domains.vision.data._transforms import centre, crop_and_flip
 _TRAIN_MARGIN = 1.15
 
 
-class ImageData(LightningDataModule):
+class ImageData(SplitData[Record, ImageFacts]):
     """Labelled images in three splits. Subclasses say where they come from (`_read`).
 
     Images are decoded once, composited onto white, turned upright and resized: the shorter side to `image_size` for
@@ -95,8 +95,6 @@ class ImageData(LightningDataModule):
         self.seed, self.augment, self.flip = seed, augment, flip
         self.skip_bad = skip_bad
         self._store = ImageStore(cache_bytes, self._fit)
-        self._records: dict[Split, tuple[Record, ...]] = {}
-        self._facts: ImageFacts | None = None
 
     # ---- what a subclass provides
 
@@ -145,45 +143,10 @@ class ImageData(LightningDataModule):
             left_out=dict(found.left_out),
         )
 
-    @property
-    def facts(self) -> ImageFacts:
-        """What is known about the set after `setup`."""
-        if self._facts is None:
-            raise RuntimeError("Call setup() first.")
-        return self._facts
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of their labels."""
-        return self.facts.class_names
-
-    def records(self, split: str) -> Sequence[Record]:
-        """Return the records of a split, in the order of `ImageBatch.index`.
-
-        Raises:
-            GraftError: There is no such split.
-        """
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
-        _ = self.facts
-        return self._records[split]
-
     def train_dataloader(self) -> StatefulLoader:
         """Return the shuffled, resumable loader of `ImageBatch`es."""
         dataset = self._dataset("train", augment=self.augment)
         return train_loader(dataset, self.batch_size, seed=self.seed, num_workers=self.num_workers, **_pin())
-
-    def val_dataloader(self) -> DataLoader[ImageBatch]:
-        """Return the validation images, in order."""
-        return self._eval_loader("val")
-
-    def test_dataloader(self) -> DataLoader[ImageBatch]:
-        """Return the test images, in order."""
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader[ImageBatch]:
-        """Return the test images, in order."""
-        return self._eval_loader("test")
 
     def _eval_loader(self, split: Split) -> DataLoader[ImageBatch]:
         dataset = self._dataset(split, augment=False)
