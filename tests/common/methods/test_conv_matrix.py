@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 
 import pytest
@@ -14,24 +13,14 @@ from torch import nn
 from common.attach import attach, probe, tuner_layers
 from common.errors import GraftError
 from common.exchange import merged_backbone
-from common.methods import METHODS, LoRA, VeRA
+from common.methods import LoRA, VeRA
 from common.roles import NORMS
-from tests.zoo import CONV, FAMILY, ZooTask, volumes, zoo, zoo_spec
+from tests.cases import CASES
+from tests.zoo import CONV, FAMILY, ZooTask, volumes, zoo
 
-SPECS = {name: zoo_spec(name) for name in METHODS} | {
-    "LoRA-dora": zoo_spec("LoRA", dora=True),
-    "LoRA-rslora": zoo_spec("LoRA", rslora=True, alpha=3.0),
-    "LoRA-thin": zoo_spec("LoRA", rank=6, dora=True, init="gaussian", on=["stem", "all"]),
-    "LoRA-peft": zoo_spec("LoRA", target_modules=["stem", "blocks.0.down", "fc1"]),
-    "LoRA-peft-thin": zoo_spec("LoRA", rank=9, target_modules=["stem", "blocks.0.down", "fc1"], dropout=0.1),
-    "IA3-peft": zoo_spec("IA3", target_modules=["stem", "blocks.0.dilated", "blocks.1.grouped"]),
-    "ConvAdapter-wide": zoo_spec("ConvAdapter", reduction=1, on=["stem", "conv"]),
-    "Houlsby-scaled": zoo_spec("Houlsby", scale=0.5, on=["conv@last:1", "ffn_out"]),
-    "LastBlocks-2": zoo_spec("LastBlocks", k=2),
-}
-NOT_MERGEABLE = {name for name in SPECS if name.partition("-")[0] in ("ConvAdapter", "Houlsby", "Pfeiffer")}
-CASES = [(name, dims) for name in SPECS for dims in (2, 3)]
-EACH = pytest.mark.parametrize(("name", "dims"), CASES, ids=[f"{name}-{dims}d" for name, dims in CASES])
+SPECS = {name: case.zoo for name, case in CASES.items() if case.zoo is not None}
+CELLS = [(name, dims) for name in SPECS for dims in (2, 3)]
+EACH = pytest.mark.parametrize(("name", "dims"), CELLS, ids=[f"{name}-{dims}d" for name, dims in CELLS])
 SEEDS = (0, 1)
 
 
@@ -97,77 +86,11 @@ def test_only_the_intended_parameters_move_and_all_of_them(name, dims):
     assert (moved & buffers != set()) == (result.plan.mode == "full")
 
 
-def matrix(layer):
-    """Outputs, and inputs a group times kernel positions."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-
-
-def lora(spec, layer, role):
-    rows, columns = matrix(layer)
-    return min(spec.rank, rows, columns) * (rows + columns) + rows * spec.dora
-
-
-def ia3(spec, layer, role):
-    return layer.in_features if role == "ffn_out" else matrix(layer)[0]
-
-
-def ssf(spec, layer, role):
-    outputs = layer.weight.numel() if isinstance(layer, NORMS) else matrix(layer)[0]
-    return outputs * (1 if layer.bias is None else 2)
-
-
-def conv_adapter(spec, layer, role):
-    width = max(1, layer.in_channels // spec.reduction)
-    inputs = layer.in_channels // math.gcd(layer.in_channels, width)
-    return width * inputs * math.prod(layer.kernel_size) + layer.out_channels * (width + 1)
-
-
-def bottleneck(spec, layer, role):
-    outputs = matrix(layer)[0]
-    width = min(spec.width, outputs)
-    return 2 * width * outputs + width + outputs
-
-
-def whole(layer):
-    return sum(p.numel() for p in layer.parameters())
-
-
-def bias(layer):
-    return layer.bias.numel()
-
-
-FORMULAS = {
-    "FullFineTune": None,  # of the model, below
-    "LinearProbe": None,
-    "BitFit": lambda spec, layer, role: bias(layer),
-    "NormTuning": lambda spec, layer, role: whole(layer),
-    "NormBias": lambda spec, layer, role: whole(layer) if isinstance(layer, (*NORMS, nn.PReLU)) else bias(layer),
-    "LastBlocks": lambda spec, layer, role: whole(layer),
-    "LoRA": lora,
-    "VeRA": lambda spec, layer, role: spec.rank + layer.out_features,
-    "IA3": ia3,
-    "SSF": ssf,
-    "ConvAdapter": conv_adapter,
-    "Houlsby": bottleneck,
-    "Pfeiffer": bottleneck,
-}
-
-
 @EACH
 def test_the_number_of_trainable_parameters_is_the_documented_one(name, dims):
-    spec, result, net = SPECS[name], attached(name, dims), zoo(dims)
-    method = type(spec).__name__
-    expected = {"FullFineTune": whole(net), "LinearProbe": 0}.get(method)
-    if expected is None:
-        formula = FORMULAS[method]
-        expected = sum(formula(spec, net.get_submodule(n), role) for n, role in result.plan.targets.items())
+    result = attached(name, dims)
+    expected = CASES[name].count(SPECS[name], zoo(dims), result.plan.targets)
     assert sum(p.numel() for p in trainable(result.model).values()) == expected
-
-
-def test_every_method_is_here():
-    assert FORMULAS.keys() == METHODS.keys()
 
 
 @EACH
@@ -224,7 +147,7 @@ def test_disabled_adapters_leave_the_bare_network(name, dims):
 @EACH
 @pytest.mark.filterwarnings("ignore:Unmerge result can be inaccurate:UserWarning")
 def test_merging_computes_the_same_and_unmerging_gives_the_weights_back(name, dims):
-    if name in NOT_MERGEABLE:
+    if not CASES[name].mergeable:
         pytest.skip("cannot be merged; see below")
     for seed in SEEDS:
         result = trained(name, dims, seed)
@@ -254,7 +177,7 @@ def test_a_merged_backbone_is_plain_weights(name):
     task.attached = trained(name, 3)
     task.backbone = task.attached.model
     expected = run(task.backbone, 3)
-    if name in NOT_MERGEABLE:
+    if not CASES[name].mergeable:
         with pytest.raises(GraftError, match=r"\w+ cannot be merged on zoo: .*no change of their weights"):
             merged_backbone(task)
         return

@@ -13,31 +13,10 @@ from common.attach import attach, probe, state_digest
 from common.errors import GraftError
 from common.exchange import merged_backbone
 from common.methods import METHODS, MethodSpec
-from common.roles import NORMS
+from tests.cases import CASES
 from tests.toy import FAMILY, SMALL, Facts, ToyTask, spec_of, toy_backbone
 
-SPECS: dict[str, MethodSpec] = {name: spec_of(name) for name in METHODS} | {
-    "LoRA-dropout": spec_of("LoRA", dropout=0.2),
-    "LoRA-rslora": spec_of("LoRA", rslora=True, alpha=3.0),
-    "LoRA-dora": spec_of("LoRA", dora=True),
-    "LoRA-gaussian": spec_of("LoRA", init="gaussian"),
-    "LoRA-orthogonal": spec_of("LoRA", init="orthogonal"),
-    "LoRA-pissa": spec_of("LoRA", init="pissa"),
-    "LoRA-olora": spec_of("LoRA", init="olora"),
-    "LoRA-one-role": spec_of("LoRA", on=["attention_qkv"]),
-    "LoRA-norms-by-name": spec_of("LoRA", target_modules=["blocks.1.fc1", "embed"]),
-    "VeRA-ffn": spec_of("VeRA", on=["ffn"]),
-    "IA3-ffn": spec_of("IA3", on=["ffn"]),
-    "SSF-one-role": spec_of("SSF", on=["norm"]),
-    "ConvAdapter-wide": spec_of("ConvAdapter", reduction=1),
-    "Houlsby-scaled": spec_of("Houlsby", scale=0.5, on=["attention_out@last:2", "ffn_in@first:1"]),
-    "Houlsby-wide": spec_of("Houlsby", width=64, target_modules=["mix", "blocks.0.qkv"]),
-    "BitFit-no-norms": spec_of("BitFit", norms=False),
-    "LastBlocks-2": spec_of("LastBlocks", k=2),
-}
-NOT_MERGEABLE = {name for name in SPECS if name.partition("-")[0] in ("ConvAdapter", "Houlsby", "Pfeiffer")}
-RANDOM_START = ("LoRA", "ConvAdapter", "Houlsby", "Pfeiffer")
-MOVES_WEIGHT = {"LoRA-pissa", "LoRA-olora"}  # they move a part of the frozen weight into the adapter
+SPECS: dict[str, MethodSpec] = {name: case.toy for name, case in CASES.items() if case.toy is not None}
 EACH = pytest.mark.parametrize("name", SPECS)
 
 
@@ -94,7 +73,7 @@ def test_a_fresh_method_changes_no_output(name):
     result = attached(name)
     result.train(False)
     output = run(result.model)
-    if name in {*MOVES_WEIGHT, "LoRA-orthogonal"}:  # zero up to rounding only
+    if not CASES[name].exact_start:
         torch.testing.assert_close(output, bare, atol=1e-5, rtol=1e-5)
     else:
         assert torch.equal(output, bare)
@@ -118,7 +97,7 @@ def test_only_the_intended_parameters_move(name):
 
 @EACH
 def test_the_frozen_weights_are_the_bare_backbones(name):
-    if name in MOVES_WEIGHT or name == "FullFineTune":
+    if CASES[name].moves_weight or name == "FullFineTune":
         pytest.skip("changes the base weights by design")
     bare = toy_backbone(depth=3).state_dict()
     frozen = {base_layer_name(key): value for key, value in trained(name).model.state_dict().items()}
@@ -126,62 +105,16 @@ def test_the_frozen_weights_are_the_bare_backbones(name):
     assert all(torch.equal(frozen[key], value) for key, value in bare.items())
 
 
-def linear_shapes(backbone, names):
-    return [(layer.in_features, layer.out_features) for layer in map(backbone.get_submodule, names)]
-
-
-def lora(spec, backbone, targets):
-    shapes = linear_shapes(backbone, targets)
-    return sum(spec.rank * (i + o) for i, o in shapes) + (sum(o for _, o in shapes) if spec.dora else 0)
-
-
-def bottleneck(spec, backbone, targets):
-    outputs = [backbone.get_submodule(name).bias.numel() for name in targets]
-    widths = [min(spec.width, number) for number in outputs]
-    return sum(2 * width * number + width + number for width, number in zip(widths, outputs, strict=True))
-
-
-FORMULAS = {
-    "FullFineTune": lambda spec, model, targets: sum(p.numel() for p in model.parameters()),
-    "LinearProbe": lambda spec, model, targets: 0,
-    "BitFit": lambda spec, model, targets: sum(
-        module.bias.numel()
-        for module in model.modules()
-        if getattr(module, "bias", None) is not None and (spec.norms or not isinstance(module, NORMS))
-    ),
-    "NormTuning": lambda spec, model, targets: sum(
-        2 * module.weight.numel() for module in model.modules() if isinstance(module, NORMS)
-    ),
-    "NormBias": lambda spec, model, targets: sum(
-        module.bias.numel() + (module.weight.numel() if isinstance(module, NORMS) else 0)
-        for module in model.modules()
-        if getattr(module, "bias", None) is not None
-    ),
-    "LastBlocks": lambda spec, model, targets: sum(p.numel() for p in model.blocks[-spec.k :].parameters()),
-    "LoRA": lora,
-    "VeRA": lambda spec, model, targets: sum(spec.rank + o for _, o in linear_shapes(model, targets)),
-    "IA3": lambda spec, model, targets: sum(
-        i if role == "ffn_out" else o
-        for (i, o), role in zip(linear_shapes(model, targets), targets.values(), strict=True)
-    ),
-    "SSF": lambda spec, model, targets: sum(2 * model.get_submodule(name).bias.numel() for name in targets),
-    # `mix` has 8 inputs, 8 outputs and 3 positions; the bottleneck is 2 wide in two groups, or 8 wide in eight
-    "ConvAdapter": lambda spec, model, targets: {4: 2 * 4 * 3 + 8 * 2 + 8, 1: 8 * 1 * 3 + 8 * 8 + 8}[spec.reduction],
-    "Houlsby": bottleneck,
-    "Pfeiffer": bottleneck,
-}
-
-
-def test_every_method_has_a_formula_here():
-    assert FORMULAS.keys() == METHODS.keys()
+def test_every_method_has_a_case():
+    assert {type(case.toy or case.zoo).__name__ for case in CASES.values()} == METHODS.keys()
+    assert METHODS.keys() <= CASES.keys()
     assert SMALL.keys() <= METHODS.keys()
 
 
 @EACH
 def test_the_number_of_trainable_parameters_is_the_documented_one(name):
     result = attached(name)
-    spec = SPECS[name]
-    expected = FORMULAS[type(spec).__name__](spec, toy_backbone(depth=3), result.plan.targets)
+    expected = CASES[name].count(SPECS[name], toy_backbone(depth=3), result.plan.targets)
     assert sum(p.numel() for p in trainable(result.model).values()) == expected
 
 
@@ -209,7 +142,7 @@ def test_disabled_adapters_leave_the_bare_backbone(name):
         pytest.skip("no PEFT model")
     bare = bare_output(frozen=name != "FullFineTune")
     assert not torch.allclose(run(result.model), bare, atol=1e-3)
-    if name in MOVES_WEIGHT:
+    if CASES[name].moves_weight:
         return
     with result.model.disable_adapter():
         assert torch.equal(run(result.model), bare)
@@ -225,7 +158,7 @@ def test_a_merged_backbone_is_plain_and_computes_the_same(name):
         train(task.backbone, parameters)
     task.eval()
     expected = run(task.backbone)
-    if name in NOT_MERGEABLE:
+    if not CASES[name].mergeable:
         with pytest.raises(GraftError, match=r"\w+ cannot be merged on toy: .*no change of their weights"):
             merged_backbone(task)
         return
@@ -245,8 +178,7 @@ def test_the_seed_alone_decides_the_start(name):
     assert state_digest(first.model) == state_digest(again.model)
     torch.manual_seed(11)
     assert torch.equal(torch.get_rng_state(), state)  # attaching draws nothing from the global state
-    random_start = type(SPECS[name]).__name__ in RANDOM_START and name not in MOVES_WEIGHT
-    assert (state_digest(first.model) != state_digest(other.model)) == random_start
+    assert (state_digest(first.model) != state_digest(other.model)) == CASES[name].random_start
 
 
 @EACH
