@@ -32,12 +32,25 @@ FAMILY = Family(
 )
 
 
+def _block(method, **settings):
+    """A method as a recipe gives it."""
+    return {"class_path": method, "init_args": settings}
+
+
 SMALL = {
     "LoRA": {"rank": 2},
     "VeRA": {"rank": 4},
     "ConvAdapter": {"target_modules": ["mix"]},
     "Houlsby": {"width": 3},
     "Pfeiffer": {"width": 3},
+    "Mixture": {"parts": [_block("LoRA", on=["attention"], rank=2), _block("NormTuning")]},
+    "PerGroup": {
+        "groups": [
+            [_block("LoRA", on=["attention"], rank=2)],
+            [_block("Pfeiffer", width=3), _block("SSF", on=["norm"])],
+        ]
+    },
+    "AtBudget": {"method": _block("LoRA", on=["ffn"]), "share": 0.1, "most": 8},
 }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.domain import Domain
-from common.methods import METHODS
+from common.methods import METHODS, LoRA, NormTuning
 from common.roles import NORMS, Family, Pattern
 from common.task import Backbone
 from tests.toy import ToyTask
@@ -23,7 +23,13 @@ FAMILY = Family(
         "norm": (Pattern(r".*", NORMS),),
     },
 )
-SMALL = {"LoRA": {"rank": 2}, "VeRA": {"rank": 4, "on": ["ffn"]}, "Houlsby": {"on": ["all"], "width": 5}}
+SMALL = {
+    "LoRA": {"rank": 2},
+    "VeRA": {"rank": 4, "on": ["ffn"]},
+    "Houlsby": {"on": ["all"], "width": 5},
+    "Mixture": {"parts": [LoRA(on=["conv"], rank=2), NormTuning()]},
+    "AtBudget": {"method": LoRA(on=["conv"]), "share": 0.2, "most": 3},
+}
 
 
 def zoo_spec(method, **settings):

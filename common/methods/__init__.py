@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from common.methods._base import MethodSpec, ModePolicy, OnModules, Plan
 from common.methods.additive import IA3, SSF, ConvAdapter, Houlsby, Pfeiffer
+from common.methods.hybrid import AtBudget, Mixture, PerGroup
 from common.methods.reparameterised import LoRA, VeRA
 from common.methods.selective import BitFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
 
@@ -28,6 +29,9 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         ConvAdapter,
         Houlsby,
         Pfeiffer,
+        Mixture,
+        PerGroup,
+        AtBudget,
     )
 }
 
@@ -35,6 +39,7 @@ __all__ = [
     "IA3",
     "METHODS",
     "SSF",
+    "AtBudget",
     "BitFit",
     "ConvAdapter",
     "FullFineTune",
@@ -43,10 +48,12 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "MethodSpec",
+    "Mixture",
     "ModePolicy",
     "NormBias",
     "NormTuning",
     "OnModules",
+    "PerGroup",
     "Pfeiffer",
     "Plan",
     "VeRA",

@@ -52,6 +52,7 @@ class MethodSpec:
     taxonomy: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    sized_by: ClassVar[str] = ""  # the setting that sizes the method, such as `rank`: more of it, more parameters
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Resolve the settings against one backbone.

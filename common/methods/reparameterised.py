@@ -47,6 +47,7 @@ class LoRA(OnModules):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "low-rank change of the weight"
     source: ClassVar[str] = "arXiv 2106.09685"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 8
     alpha: float | None = None

@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 from peft import mapping
+from peft.tuners.tuners_utils import BaseTuner
 
-from common.tuners._base import OwnConfig, OwnTuner
+from common.tuners._base import OwnConfig
 from common.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
+from common.tuners.mixture import MixtureConfig, MixtureModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
 from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
@@ -26,6 +28,8 @@ __all__ = [
     "ConvAdapterModel",
     "CopiesConfig",
     "CopiesModel",
+    "MixtureConfig",
+    "MixtureModel",
     "OwnConfig",
     "ScaleShiftConfig",
     "ScaleShiftModel",
@@ -35,10 +39,11 @@ __all__ = [
     "matrix_shape",
 ]
 
-OWN: dict[type[OwnConfig], type[OwnTuner]] = {
+OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     BottleneckConfig: BottleneckModel,
     ConvAdapterConfig: ConvAdapterModel,
     CopiesConfig: CopiesModel,
+    MixtureConfig: MixtureModel,
     ScaleShiftConfig: ScaleShiftModel,
     WeightLoraConfig: WeightLoraModel,
 }

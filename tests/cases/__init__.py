@@ -5,9 +5,9 @@ A new method is one entry in its family's file; `test_every_method_has_a_case` f
 
 from __future__ import annotations
 
-from tests.cases import additive, reparameterised, selective
+from tests.cases import additive, hybrid, reparameterised, selective
 from tests.cases._case import Case
 
-CASES: dict[str, Case] = {**selective.CASES, **additive.CASES, **reparameterised.CASES}
+CASES: dict[str, Case] = {**selective.CASES, **additive.CASES, **reparameterised.CASES, **hybrid.CASES}
 
 __all__ = ["CASES", "Case"]

@@ -12,7 +12,7 @@ from torch import nn
 from common.attach import attach, probe, state_digest
 from common.errors import GraftError
 from common.exchange import merged_backbone
-from common.methods import METHODS, MethodSpec
+from common.methods import METHODS, AtBudget, LoRA, MethodSpec, Mixture, NormTuning
 from tests.cases import CASES
 from tests.toy import FAMILY, SMALL, Facts, ToyTask, spec_of, toy_backbone
 
@@ -228,7 +228,16 @@ def test_an_architecture_without_a_family(name):
         with pytest.raises(GraftError, match="has 0 blocks"):
             attach(build(), spec, None)
         return
-    if hasattr(spec, "target_modules"):
+    if name == "PerGroup":
+        with pytest.raises(GraftError, match="2 groups for 0 blocks"):
+            attach(build(), spec, None)
+        return
+    if spec.taxonomy == "hybrid":
+        with pytest.raises(GraftError, match="target_modules"):
+            attach(build(), spec, None)
+        linear = LoRA(target_modules=["0", "3"])
+        spec = AtBudget(method=linear, most=2) if name == "AtBudget" else Mixture(parts=[linear, NormTuning()])
+    elif hasattr(spec, "target_modules"):
         with pytest.raises(GraftError, match="target_modules"):
             attach(build(), spec, None)
         spec = spec_of(name, target_modules=["0", "3"])

@@ -1,0 +1,280 @@
+"""Hybrid methods: several methods on one backbone, and one method at a given budget."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from common.errors import GraftError, unknown
+from common.methods._base import MethodSpec, Plan, exact
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from common.roles import RoleMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Composed(MethodSpec):
+    """A method that is made of others, which a recipe gives as blocks of their own."""
+
+    taxonomy: ClassVar[str] = "hybrid"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the spec as the `class_path` / `init_args` mapping of a recipe, the inner ones too."""
+        fields = {entry.name: _described(getattr(self, entry.name)) for entry in dataclasses.fields(self)}
+        return {"class_path": type(self).__name__, "init_args": fields}
+
+
+def _described(value: object) -> object:
+    if isinstance(value, MethodSpec):
+        return value.describe()
+    return [_described(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def as_spec(given: MethodSpec | Mapping[str, Any], where: str) -> MethodSpec:
+    """Return a method that is given as a spec, or as the `class_path` / `init_args` mapping of a recipe.
+
+    Raises:
+        GraftError: No such mapping, a method that does not exist, or settings that it has not.
+    """
+    from common.methods import METHODS
+
+    if isinstance(given, MethodSpec):
+        return given
+    if not isinstance(given, Mapping) or not isinstance(given.get("class_path"), str) or given.keys() - _BLOCK:
+        raise GraftError(f"{where} is no method: {given!r}. Give class_path and init_args, as in a recipe's 'peft'.")
+    name = given["class_path"].rpartition(".")[2]
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    settings = given.get("init_args") or {}
+    allowed = [entry.name for entry in dataclasses.fields(METHODS[name])]
+    for key in settings:
+        if key not in allowed:
+            raise unknown(f"setting of {name}", key, allowed)
+    return METHODS[name](**settings)
+
+
+_BLOCK = {"class_path", "init_args"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(_Composed):
+    """Several methods at once, each on modules of its own (design spaces of He et al. 2021, arXiv 2110.04366).
+
+    Every part changes its modules as it would alone: y_i = f_i(x; part) for the modules i that the part chooses, and
+    no module may be in two parts, since the order of two changes of one layer would have to mean something. The parts
+    train, save, load, disable and merge as one adapter. Trainable parameters: the sum of the parts'. To say that
+    attention wants another method than the norms or the convolutions; one learning rate serves all.
+
+    Args:
+        parts: The methods, each with `class_path` and `init_args` as in a recipe's `peft:` block.
+    """
+
+    summary: ClassVar[str] = "several methods, each on its own modules"
+    source: ClassVar[str] = "arXiv 2110.04366"
+
+    parts: list[MethodSpec] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Build parts that are given as plain values, as an adapter's record holds them."""
+        object.__setattr__(self, "parts", [as_spec(part, f"Mixture part {i}") for i, part in enumerate(self.parts, 1)])
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Plan each part; see the base class."""
+        if not self.parts:
+            raise GraftError("Mixture has no parts. Give a list of methods, each with class_path and init_args.")
+        return together("Mixture", [(type(part).__name__, part.plan(model, roles)) for part in self.parts])
+
+
+def together(method: str, plans: Sequence[tuple[str, Plan]]) -> Plan:
+    """Join the plans of methods on disjoint modules into that of one adapter.
+
+    Args:
+        method: Name of the joining method, for messages.
+        plans: Name and plan of each part, in the order of wrapping.
+
+    Raises:
+        GraftError: A part without an adapter of its own, or two parts on one module or on a module and what it holds.
+    """
+    from common.tuners import MixtureConfig
+
+    targets: dict[str, str] = {}
+    owner: dict[str, str] = {}
+    for name, plan in plans:
+        if plan.peft_config is None:
+            raise GraftError(f"{method} cannot hold {name}, which adds no adapter. Give methods that do.")
+        for module, role in plan.targets.items():
+            clash = next((other for other in owner if _one_holds_the_other(module, other)), None)
+            if clash is not None:
+                raise GraftError(
+                    f"{method}: {owner[clash]} acts on '{clash}' and {name} on '{module}', and no module may be in two "
+                    "parts. Narrow one of them down with 'on'."
+                )
+            targets[module] = role
+        owner |= dict.fromkeys(plan.targets, name)
+    config = MixtureConfig(parts=[plan.peft_config for _, plan in plans])  # ty: ignore[invalid-argument-type]
+    return Plan(peft_config=config, targets=targets, notes=tuple(note for _, plan in plans for note in plan.notes))
+
+
+def _one_holds_the_other(first: str, second: str) -> bool:
+    return first == second or first.startswith(f"{second}.") or second.startswith(f"{first}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerGroup(_Composed):
+    """Another set of methods for each group of blocks (S4 of Chen et al. 2023, arXiv 2301.01821).
+
+    The backbone's B blocks are split into as many groups as `groups` has entries, in a spindle: the sizes grow towards
+    the middle, in the proportions 1, 2, ..., 2, 1. Each group's methods act inside its blocks alone; no module may be
+    in two of them. Trainable parameters: the sum of the parts'. The source's best pattern gave adapters and LoRA to
+    the first group, adapters and prefixes to the second, those and biases to the third, and prefixes, biases and LoRA
+    to the last. For a search over where which method pays.
+
+    Args:
+        groups: The methods of each group, first to last.
+    """
+
+    summary: ClassVar[str] = "a set of methods for each group of blocks"
+    source: ClassVar[str] = "arXiv 2301.01821"
+
+    groups: list[list[MethodSpec]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Build parts that are given as plain values, as an adapter's record holds them."""
+        built = [[as_spec(part, f"PerGroup group {i}") for part in group] for i, group in enumerate(self.groups, 1)]
+        object.__setattr__(self, "groups", built)
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Plan each group's methods inside its blocks; see the base class."""
+        blocks = roles.blocks if roles else ()
+        if not self.groups or not all(self.groups) or len(self.groups) > len(blocks):
+            raise GraftError(
+                f"PerGroup has {len(self.groups)} groups for {len(blocks)} blocks. Give at least one group and at most "
+                "one for each block, each a list of methods."
+            )
+        plans = []
+        for number, (size, parts) in enumerate(zip(spindle(len(blocks), len(self.groups)), self.groups, strict=True)):
+            inside, blocks = blocks[:size], blocks[size:]
+            for part in parts:
+                name = f"{type(part).__name__} of group {number + 1}"
+                plans.append((name, _narrowed(part.plan(model, roles), inside, name)))
+        return together("PerGroup", plans)
+
+
+def spindle(blocks: int, groups: int) -> list[int]:
+    """Split a number of blocks into groups whose sizes grow towards the middle, each at least 1.
+
+    The proportions are 1, 2, ..., 2, 1 (1 and 1 for two groups); what does not divide goes to the groups with the
+    largest remainder, the middle ones first.
+    """
+    shares = [1.0 if i in (0, groups - 1) else 2.0 for i in range(groups)]
+    ideal = [blocks * share / sum(shares) for share in shares]
+    sizes = [max(1, int(size)) for size in ideal]
+    while sum(sizes) > blocks:
+        sizes[max(range(groups), key=lambda i: sizes[i] - ideal[i])] -= 1
+    middle = (groups - 1) / 2
+    while sum(sizes) < blocks:
+        sizes[max(range(groups), key=lambda i: (ideal[i] - sizes[i], -abs(i - middle)))] += 1
+    return sizes
+
+
+def _narrowed(plan: Plan, blocks: Sequence[str], name: str) -> Plan:
+    """Keep of a plan what lies inside these blocks."""
+    held = [module for module in plan.targets if any(f"{module}.".startswith(f"{block}.") for block in blocks)]
+    if not held or plan.peft_config is None:
+        raise GraftError(f"PerGroup: {name} has nothing to act on in {', '.join(blocks)}. Leave it out there.")
+    config = copy.deepcopy(plan.peft_config)
+    setattr(config, "target_modules", exact(held))  # noqa: B010  (PeftConfig itself declares none)
+    for pattern in ("rank_pattern", "alpha_pattern"):  # PEFT warns of entries for layers that are no targets
+        given = getattr(config, pattern, None) or {}
+        if given:
+            setattr(
+                config, pattern, {key: value for key, value in given.items() if any(map(re.compile(key).match, held))}
+            )
+    return dataclasses.replace(plan, peft_config=config, targets={module: plan.targets[module] for module in held})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtBudget(_Composed):
+    """One method with its size chosen to meet a budget of trainable parameters.
+
+    The setting that sizes the method (LoRA's rank, a bottleneck's width) takes the value whose number of trainable
+    parameters in the backbone is nearest to `share` of the backbone's; where two are equally near, the smaller one.
+    Methods can so be compared at equal size, as arXiv 2403.14608 asks. The chosen value and its share stand in the
+    notes of the run.
+
+    Args:
+        method: The method, with `class_path` and `init_args` as in a recipe's `peft:` block.
+        share: Wanted share of the backbone's parameters, in (0, 1).
+        most: Largest value to try.
+    """
+
+    summary: ClassVar[str] = "one method, sized to a budget of parameters"
+    source: ClassVar[str] = "arXiv 2403.14608"
+
+    method: MethodSpec | None = None
+    share: float = 0.003
+    most: int = 512
+
+    def __post_init__(self) -> None:
+        """Build the method where it is given as plain values, as an adapter's record holds it."""
+        if self.method is not None:
+            object.__setattr__(self, "method", as_spec(self.method, "AtBudget method"))
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Choose the size and plan with it; see the base class."""
+        if self.method is None or not self.method.sized_by:
+            name = type(self.method).__name__ if self.method is not None else "nothing"
+            raise GraftError(f"AtBudget cannot size {name}. Give a method with a size: {', '.join(_with_a_size())}.")
+        if not 0 < self.share < 1 or self.most < 1:
+            raise GraftError(
+                f"AtBudget share is {self.share} and most {self.most}; give a share in (0, 1) and 1 or more."
+            )
+        total = sum(parameter.numel() for parameter in model.parameters())
+        size, count = self._nearest(model, roles, self.share * total)
+        plan = self._sized(size).plan(model, roles)
+        note = (
+            f"{type(self.method).__name__} {self.method.sized_by} {size} meets the budget: {count:,} trainable "
+            f"parameters, {count / total:.3%} of the backbone's ({self.share:.3%} wanted)."
+        )
+        return dataclasses.replace(plan, notes=(note, *plan.notes))
+
+    def _sized(self, size: int) -> MethodSpec:
+        if self.method is None:
+            raise GraftError("AtBudget has no method.")
+        return dataclasses.replace(self.method, **{self.method.sized_by: size})
+
+    def _nearest(self, model: nn.Module, roles: RoleMap | None, wanted: float) -> tuple[int, int]:
+        """Search the sizes by halving; the count grows with the size, or stays where a layer takes no more."""
+        low, high = 1, self.most
+        counts = {low: self._count(model, roles, low), high: self._count(model, roles, high)}
+        while high - low > 1:
+            middle = (low + high) // 2
+            counts[middle] = self._count(model, roles, middle)
+            low, high = (middle, high) if counts[middle] <= wanted else (low, middle)
+        size = min(counts, key=lambda size: (abs(counts[size] - wanted), size))
+        return size, counts[size]
+
+    def _count(self, model: nn.Module, roles: RoleMap | None, size: int) -> int:
+        """Count the trainable parameters of one size, on a copy without storage."""
+        import torch
+        from peft import get_peft_model
+
+        config = self._sized(size).plan(model, roles).peft_config
+        if config is None:
+            raise GraftError(f"AtBudget cannot size {type(self.method).__name__}, which adds no adapter.")
+        bare = cast("Any", copy.deepcopy(model).to("meta").requires_grad_(False))
+        with torch.random.fork_rng(devices=[]):
+            wrapped = get_peft_model(bare, config)
+        return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+
+
+def _with_a_size() -> list[str]:
+    from common.methods import METHODS
+
+    return [name for name, spec in METHODS.items() if spec.sized_by]

@@ -1,0 +1,38 @@
+"""Cases of `common/methods/hybrid.py`."""
+
+from __future__ import annotations
+
+from common.roles import NORMS
+from tests.cases._case import Case, both, matrix, toy, whole
+
+
+def _lora(layer, rank):
+    rows, columns = matrix(layer)
+    return min(rank, rows, columns) * (rows + columns)
+
+
+def _norms_and_lora(spec, layer, role):
+    return whole(layer) if isinstance(layer, NORMS) else _lora(layer, 2)
+
+
+def _three(spec, layer, role):
+    """LoRA of rank 2 on attention, bottlenecks of width 3 at the networks, scale and shift of the norms."""
+    if isinstance(layer, NORMS):
+        return whole(layer)
+    outputs = matrix(layer)[0]
+    return 2 * 3 * outputs + 3 + outputs if role == "ffn_out" else _lora(layer, 2)
+
+
+def _nearest(spec, model, targets):
+    """LoRA on the chosen layers, at the rank of 1 to `most` that comes nearest to the share."""
+    wanted = spec.share * whole(model)
+    counts = [sum(_lora(model.get_submodule(name), rank) for name in targets) for rank in range(1, spec.most + 1)]
+    return min(counts, key=lambda count: (abs(count - wanted), count))
+
+
+CASES = {
+    "Mixture": both("Mixture", per_layer=_norms_and_lora, random_start=True),
+    "PerGroup": Case(toy=toy("PerGroup"), zoo=None, per_layer=_three, mergeable=False, random_start=True),
+    "AtBudget": both("AtBudget", total=_nearest, random_start=True),
+    "AtBudget-large": Case(toy=toy("AtBudget", share=0.5, most=6), zoo=None, total=_nearest, random_start=True),
+}

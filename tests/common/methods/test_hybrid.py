@@ -1,0 +1,137 @@
+"""Methods made of others: what each part gets, what is refused, and a size that meets a budget."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from common.attach import attach
+from common.errors import GraftError
+from common.methods import METHODS, AtBudget, BitFit, FullFineTune, Houlsby, LoRA, Mixture, NormTuning, PerGroup, VeRA
+from common.methods.hybrid import spindle
+from tests.toy import FAMILY, toy_backbone
+
+
+def attached(spec, depth=3):
+    return attach(toy_backbone(depth=depth), spec, FAMILY, name="toy")
+
+
+def trainable(result):
+    return {name: p for name, p in result.model.named_parameters() if p.requires_grad}
+
+
+def number(result):
+    return sum(p.numel() for p in trainable(result).values())
+
+
+def test_a_part_trains_what_it_trains_alone():
+    parts = [LoRA(on=["attention"], rank=2), Houlsby(on=["ffn_out"], width=3), NormTuning()]
+    mixed = trainable(attached(Mixture(parts=parts)))
+    alone = [trainable(attached(part)) for part in parts]
+    assert mixed.keys() == set().union(*alone)
+    for name, parameter in itertools.chain.from_iterable(part.items() for part in alone):
+        assert mixed[name].shape == parameter.shape
+
+
+def test_parts_are_built_from_the_plain_values_of_a_record():
+    spec = Mixture(parts=[LoRA(rank=2), AtBudget(method=Houlsby(), share=0.1)])
+    described = spec.describe()
+    assert described["init_args"]["parts"][1]["init_args"]["method"]["class_path"] == "Houlsby"
+    assert METHODS["Mixture"](**described["init_args"]) == spec
+    groups = PerGroup(groups=[[LoRA()], [BitFit()]])
+    assert METHODS["PerGroup"](**groups.describe()["init_args"]) == groups
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "Mixture has no parts"),
+        ([LoRA(), FullFineTune()], "Mixture cannot hold FullFineTune, which adds no adapter"),
+        ([LoRA(), BitFit()], "LoRA acts on '.*' and BitFit on '.*', and no module may be in two parts"),
+    ],
+)
+def test_what_does_not_mix_is_refused(parts, message):
+    with pytest.raises(GraftError, match=message):
+        attached(Mixture(parts=parts))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"class_path": "LoRAA"}, "Unknown method 'LoRAA'. Did you mean 'LoRA'"),
+        ({"class_path": "LoRA", "init_args": {"rnk": 2}}, "Unknown setting of LoRA 'rnk'. Did you mean 'rank'"),
+        ({"class_path": "LoRA", "rank": 2}, "part 1 is no method"),
+        ("LoRA", "part 1 is no method"),
+    ],
+)
+def test_a_part_that_is_no_method_is_named(part, message):
+    with pytest.raises(GraftError, match=message):
+        Mixture(parts=[part])
+
+
+@pytest.mark.parametrize("blocks", range(1, 30))
+def test_a_spindle_takes_all_blocks_and_is_thickest_in_the_middle(blocks):
+    for groups in range(1, min(blocks, 6) + 1):
+        sizes = spindle(blocks, groups)
+        assert sum(sizes) == blocks
+        assert min(sizes) >= 1
+        ends, inner = (sizes[0], sizes[-1]), sizes[1:-1]
+        assert not inner or min(inner) >= max(ends)
+    assert spindle(12, 4) == [2, 4, 4, 2]  # as 1, 2, 2, 1
+
+
+def test_a_group_acts_inside_its_blocks_alone():
+    spec = PerGroup(groups=[[LoRA(on=["attention"])], [LoRA(on=["ffn"], rank=2), NormTuning()]])
+    targets = attached(spec, depth=4).plan.targets
+    first = {f"blocks.{i}.{name}" for i in (0, 1) for name in ("qkv", "out")}
+    second = {f"blocks.{i}.{name}" for i in (2, 3) for name in ("fc1", "fc2", "norm1", "norm2")}
+    assert set(targets) == first | second  # the norms outside of the blocks stay frozen
+
+
+def test_groups_that_do_not_fit_are_refused():
+    with pytest.raises(GraftError, match="3 groups for 2 blocks"):
+        attached(PerGroup(groups=[[LoRA()]] * 3), depth=2)
+    with pytest.raises(GraftError, match=r"LoRA of group 2 has nothing to act on in blocks\.1"):
+        attached(PerGroup(groups=[[LoRA()], [LoRA(on=["attention@first:1"])]]), depth=2)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.9])
+@pytest.mark.parametrize("method", [LoRA(on=["all"]), Houlsby()])
+def test_the_size_nearest_to_the_budget_is_taken(method, share):
+    result = attached(AtBudget(method=method, share=share, most=9))
+    total = result.base_params
+    counts = {
+        size: sum(
+            p.numel() for p in trainable(attached(type(method)(**{method.sized_by: size}, on=method.on))).values()
+        )
+        for size in range(1, 10)
+    }
+    best = min(counts.values(), key=lambda count: abs(count - share * total))
+    got = sum(p.numel() for p in trainable(result).values())
+    assert abs(got - share * total) == abs(best - share * total)
+    assert f"{got:,} trainable parameters" in result.plan.notes[0]
+
+
+def test_a_budget_leaves_the_random_state_and_the_model_alone():
+    state = torch.get_rng_state()
+    model = toy_backbone()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    AtBudget(method=LoRA(target_modules=["embed"]), share=0.1).plan(model, None)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (AtBudget(), "cannot size nothing. Give a method with a size: .*LoRA"),
+        (AtBudget(method=NormTuning()), "cannot size NormTuning"),
+        (AtBudget(method=LoRA(), share=1.5), "share is 1.5 .* in \\(0, 1\\)"),
+        (AtBudget(method=VeRA(), most=0), "AtBudget"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused(spec, message):
+    with pytest.raises(GraftError, match=message):
+        attached(spec)
