@@ -139,15 +139,15 @@ def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str
         GraftError: `out` exists, the run is not finished, or the reload is not exact (nothing is left then).
     """
     task = restore(run, record, domains)
-    with _new_folder(out) as folder:
+    with new_folder(out) as folder:
         _write_adapter(task, folder)
         save_file(_plain(task.head.state_dict()), folder / HEAD)
         identity = {
             k: record[k] for k in ("domain", "task", "settings", "facts", "method", "optim", "seed", "base_digest")
         }
-        _write_json(folder / GRAFT, {"schema": 1, "graft": __version__, **identity, "backbone": record["backbone"]})
+        write_json(folder / GRAFT, {"schema": 1, "graft": __version__, **identity, "backbone": record["backbone"]})
         certificate = _certify(task, folder, domains)
-        _write_json(folder / CERTIFICATE, certificate)
+        write_json(folder / CERTIFICATE, certificate)
         (folder / "README.md").write_text(model_card.render(record, certificate, task.usage()))
     return certificate
 
@@ -349,15 +349,15 @@ def merge(folder: Path, out: Path, domains: Mapping[str, Domain]) -> float:
         raise GraftError(
             f"Merging changes the outputs by {error:.1e} (allowed {MERGE_TOLERANCE:.0e}); nothing was written."
         )
-    with _new_folder(out) as place:
+    with new_folder(out) as place:
         save_file(_plain(task.backbone.state_dict()), place / MODEL)
         shutil.copy(folder / HEAD, place / HEAD)
         shutil.copy(folder / GRAFT, place / "source.json")
-        _write_json(place / CERTIFICATE, {"merge_max_abs_error": error, "versions": _versions()})
+        write_json(place / CERTIFICATE, {"merge_max_abs_error": error, "versions": _versions()})
     return error
 
 
-class _new_folder:
+class new_folder:
     """Fill a folder beside its final name and move it there when all went well; else leave nothing."""
 
     def __init__(self, out: Path) -> None:
@@ -384,7 +384,8 @@ class _new_folder:
             raise GraftError(f"{self.out} could not be written: {reason}. Nothing was left.") from error
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one of the folder's JSON files."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""`graft fetch`, `export`, `merge`, `predict` and `embed`: what goes in and out of a run."""
+"""`graft fetch`, `export`, `merge`, `combine`, `predict` and `embed`: what goes in and out of a run."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("adapter", type=Path, help="a folder that `graft export` wrote")
     parser.add_argument("out", type=Path, help="the folder to make")
     parser.set_defaults(handler=_merge)
+    parser = verbs.add_parser("combine", help="combine adapter folders of one backbone into one")
+    parser.add_argument(
+        "adapters", nargs="+", type=Path, help="folders that `graft export` wrote; the first gives the head"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make")
+    parser.add_argument("--weights", type=float, nargs="+", help="a factor for each (default: all equal, 1 in sum)")
+    parser.add_argument("--how", default="linear", help="linear, ties or dare (default: linear)")
+    parser.add_argument("--density", type=float, default=0.2, help="share of a change that ties and dare keep")
+    parser.set_defaults(handler=_combine)
     parser = verbs.add_parser("predict", help="run an exported adapter on your own files")
     parser.add_argument("--adapter", type=Path, required=True, help="a folder that `graft export` wrote")
     parser.add_argument(
@@ -76,6 +85,15 @@ def _merge(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
 
     error = merge(args.adapter, args.out, domains)
     Console(highlight=False, soft_wrap=True).print(f"{args.out}: plain weights, outputs within {error:.1e}")
+    return 0
+
+
+def _combine(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.combine import Rule, combine
+
+    weights = args.weights or [1 / len(args.adapters)] * len(args.adapters)
+    combine(args.adapters, args.out, domains, Rule(weights=tuple(weights), how=args.how, density=args.density))
+    Console(highlight=False, soft_wrap=True).print(f"{args.out}: {len(args.adapters)} adapters combined ({args.how})")
     return 0
 
 

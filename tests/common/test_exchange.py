@@ -233,7 +233,7 @@ def test_a_failure_on_the_way_leaves_nothing(shared, tmp_path, monkeypatch, verb
     def fail(*args):
         raise ValueError("on the way")
 
-    monkeypatch.setattr(exchange, "_write_json", fail)
+    monkeypatch.setattr(exchange, "write_json", fail)
     with pytest.raises(ValueError, match="on the way"):
         export(run, tmp_path / "out", record, DOMAINS) if verb == "export" else merge(
             adapter, tmp_path / "out", DOMAINS
