@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from common.cost import kept_buffers
 from common.errors import GraftError
 from common.methods import MethodSpec, Plan
+from common.quantise import quantise
 from common.roles import Family, RoleMap, resolve
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def attach(
     base_params = sum(p.numel() for p in backbone.parameters())
     object.__setattr__(backbone, "name_or_path", name)
     backbone.requires_grad_(plan.mode == "full")
+    quantise(backbone, plan.quantise)
     model = backbone
     if plan.peft_config is not None:
         model = _wrap(backbone, plan.peft_config, seed)

@@ -27,6 +27,7 @@ from common.checkpoint import read_finished
 from common.domain import Domain
 from common.errors import GraftError, unknown
 from common.methods import METHODS, MethodSpec, Plan
+from common.quantise import quantise
 from common.roles import resolve
 
 if TYPE_CHECKING:
@@ -254,6 +255,7 @@ def _attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str)
     base_params = sum(p.numel() for p in built.model.parameters())
     stored = _read(folder / ADAPTER)
     _check_config(folder, spec, plan)
+    quantise(built.model, plan.quantise)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing keys only warn in PEFT; they are checked below instead
         try:
@@ -319,6 +321,12 @@ def merged_backbone(task: AdaptedTask) -> nn.Module:
     if not isinstance(task.backbone, PeftModel):
         return task.backbone
     base = task.backbone.get_base_model()
+    if bits := set(task.attached.plan.quantise.values()):
+        raise GraftError(
+            f"{type(task.peft).__name__} cannot be merged on {task.backbone_name}: its weights are held in "
+            f"{', '.join(bits)}, and rounding them again would change the outputs. Load the adapter on the whole "
+            "weights and merge there."
+        )
     try:
         # PEFT's own merge_and_unload needs every replaced module to have a `weight`, which a block has not.
         for name, layer in tuner_layers(base).items():

@@ -33,12 +33,14 @@ class Plan:
         targets: Module name to role of every module that the method acts on.
         mode: `frozen` keeps the whole backbone in eval mode and out of the graph; `adapted` trains with dropout on and
             the statistics of frozen norms fixed; `full` trains everything.
+        quantise: Frozen linear layers to hold in fewer bits, name to `int8` or `nf4`, before anything is wrapped.
         notes: What the user should know of how the settings were carried out, one sentence each.
     """
 
     peft_config: PeftConfig | None
     targets: Mapping[str, str]
     mode: ModePolicy = "adapted"
+    quantise: Mapping[str, Literal["int8", "nf4"]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

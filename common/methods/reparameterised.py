@@ -42,6 +42,9 @@ class LoRA(OnModules):
         dora: Train the weight's magnitude apart from its direction (Liu et al. 2024, arXiv 2402.09353).
         init: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, or a start from the weight's own spectrum:
             `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775).
+        quantize: Hold the backbone's frozen linear layers in 8 bits (`int8`) or 4 (`nf4`: QLoRA, Dettmers et al. 2023,
+            arXiv 2305.14314), by bitsandbytes. Weights take a quarter or an eighth of their memory, steps take longer,
+            and the adapter cannot be merged into them; it loads on the whole weights too.
     """
 
     taxonomy: ClassVar[str] = "reparameterised"
@@ -55,6 +58,7 @@ class LoRA(OnModules):
     rslora: bool = False
     dora: bool = False
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    quantize: Literal["int8", "nf4"] | None = None
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Take Linear, convolution and Embedding layers; see the base class."""
@@ -71,8 +75,15 @@ class LoRA(OnModules):
         wrong = {name: reason for name, reason in wrong.items() if reason}
         if not wrong:
             config = self._engine_config(targets, lowered)
-            return Plan(peft_config=config, targets=targets, notes=("LoRA runs in PEFT's own tuner.", *notes))
+            held = self._held_in_fewer_bits(model, roles, targets)
+            notes = ("LoRA runs in PEFT's own tuner.", *notes)
+            return Plan(peft_config=config, targets=targets, notes=notes, quantise=held)
         name, reason = next(iter(wrong.items()))
+        if self.quantize is not None:
+            raise GraftError(
+                f"LoRA quantize '{self.quantize}' takes PEFT's own tuner, which cannot do '{name}' ({reason}). Set "
+                "quantize to null, or choose other roles with 'on'."
+            )
         self._refuse_what_weight_space_lacks(f"PEFT's own tuner cannot do '{name}' ({reason})")
         engine = f"LoRA runs in Graft's own tuner, since PEFT's cannot do {len(wrong)} of {len(targets)} layers: "
         engine += listed([f"{name} ({reason})" for name, reason in wrong.items()]) + "."
@@ -96,6 +107,27 @@ class LoRA(OnModules):
                     "init, or other roles with 'on'."
                 )
         return {name: size for name, size in sizes.items() if size < self.rank}
+
+    def _held_in_fewer_bits(
+        self, model: nn.Module, roles: RoleMap | None, targets: Mapping[str, str]
+    ) -> dict[str, Literal["int8", "nf4"]]:
+        """Choose the linear layers to quantise: all that carry a role of weights, and the targets."""
+        from torch import nn as torch_nn
+
+        from common.roles import GROUPS
+
+        if self.quantize is None:
+            return {}
+        if self.dora or self.init in ("pissa", "olora"):
+            raise GraftError(
+                f"LoRA quantize '{self.quantize}' goes with neither dora nor the starts pissa and olora, which need "
+                "the whole weight. Drop one."
+            )
+        held = [name for name, role in roles.role_of.items() if role in GROUPS["all"]] if roles else []
+        linear = [
+            name for name in dict.fromkeys((*held, *targets)) if type(model.get_submodule(name)) is torch_nn.Linear
+        ]
+        return dict.fromkeys(linear, self.quantize)
 
     def _engine_config(self, targets: Mapping[str, str], lowered: Mapping[str, int]) -> PeftConfig:
         from peft import LoraConfig
