@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -60,7 +61,7 @@ def quantise(model: nn.Module, layers: Mapping[str, Bits]) -> None:
 
 def _quantised(layer: Any, name: str, bits: Bits) -> nn.Module:  # noqa: ANN401
     """Return a quantised copy on the layer's own device."""
-    import bitsandbytes as bnb  # ty: ignore[unresolved-import]  (an extra)
+    bnb = importlib.import_module("bitsandbytes")
 
     shape = {"input_features": layer.in_features, "output_features": layer.out_features, "bias": layer.bias is not None}
     if bits == "int8":

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from common.errors import GraftError
+from common.frozen import FrozenPrefix, content
 from common.methods import MethodSpec
 from common.task import AdaptedTask, Backbone, OptimSpec
 from domains.medical.backbones import MedicalBackbone, build, features
@@ -73,6 +75,16 @@ class MedicalTask(AdaptedTask):
 
     def features(self, batch: VolumeBatch) -> Tensor:
         """Return the backbone's features (B, width, *spatial or coarser) of images padded to what it takes."""
+        images = self._padded(batch)
+        if self.frozen_rows is None:
+            return features(self._built, self.backbone, images)
+        identities = [content(image) for image in images.cpu()]
+        alone = self.frozen_rows.rows(
+            identities, lambda item: (features(self._built, self.backbone, images[item : item + 1])[0],)
+        )
+        return torch.stack([row[0] for row in alone])
+
+    def _padded(self, batch: VolumeBatch) -> Tensor:
         sides = batch.image.shape[2:]
         step = self._built.divisor
         wanted = self._built.input_size or tuple(-(-side // step) * step for side in sides)
@@ -80,7 +92,27 @@ class MedicalTask(AdaptedTask):
         images = batch.image
         if any(missing) and min(missing) >= 0:
             images = functional.pad(images, [end for side in reversed(missing) for end in (0, side)])
-        return features(self._built, self.backbone, images)
+        return images
+
+    def frozen_prefix(self) -> FrozenPrefix | None:
+        """Return the whole network up to its output layer where its features are to be cached.
+
+        Raises:
+            GraftError: No image comes twice, since the data augments or cuts its patches at random.
+        """
+        if not self.settings["cache_features"]:
+            return None
+        data = self._datamodule()
+        if data.augment:
+            raise GraftError("cache_features needs the same images in every epoch. Set the data's augment to false.")
+        case = data.case("train", 0)
+        sides, patch = tuple(case["image"].shape[1:]), self.facts.patch_size
+        if case["label"].ndim and any(side > part for side, part in zip(sides, patch, strict=True)):
+            raise GraftError(
+                f"cache_features needs the same images in every epoch, and patches of {patch} are cut at random out of "
+                f"{sides}. Set the data's patch_size to the whole size."
+            )
+        return FrozenPrefix(modules={"backbone": self.backbone}, transform={"backbone": self._built.name})
 
     def targets(self, batch: VolumeBatch) -> Tensor:
         """Return the labels."""

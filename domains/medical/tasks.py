@@ -62,6 +62,8 @@ class Segmentation(MedicalTask):
         overlap: Share of the window that neighbouring windows have in common.
         largest_component: In evaluation keep only the largest connected part (over faces) of each class.
         decoder_width: Channels of the decoder of a ViT's tokens.
+        cache_features: Keep what a frozen backbone makes of each image on disk, for later epochs and runs; with
+            LinearProbe, without augmentation and on whole images.
         seed: Seed of head, adapter and training steps.
         gradient_checkpointing: Recompute blocks in the backward pass.
 
@@ -85,6 +87,7 @@ class Segmentation(MedicalTask):
         overlap: float = 0.5,
         largest_component: bool = False,
         decoder_width: int = 128,
+        cache_features: bool = False,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -107,6 +110,7 @@ class Segmentation(MedicalTask):
             "overlap": overlap,
             "largest_component": largest_component,
             "decoder_width": decoder_width,
+            "cache_features": cache_features,
         }
         super().__init__(
             peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing
@@ -257,6 +261,8 @@ class VolumeClassification(MedicalTask):
             or one number per class.
         pretrained: Start from pretrained weights.
         weights: A local file of weights, instead of the backbone's own.
+        cache_features: Keep what a frozen backbone makes of each image on disk, for later epochs and runs; with
+            LinearProbe and without augmentation.
         seed: Seed of head, adapter and training steps.
         gradient_checkpointing: Recompute blocks in the backward pass.
     """
@@ -272,6 +278,7 @@ class VolumeClassification(MedicalTask):
         class_weights: ClassWeights | list[float] = "none",
         pretrained: bool = True,
         weights: str | None = None,
+        cache_features: bool = False,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -281,6 +288,7 @@ class VolumeClassification(MedicalTask):
             "class_weights": class_weights,
             "pretrained": pretrained,
             "weights": weights,
+            "cache_features": cache_features,
         }
         super().__init__(
             peft=peft, optim=optim, settings=settings, seed=seed, gradient_checkpointing=gradient_checkpointing
