@@ -24,6 +24,7 @@ from common.roles import Family, RoleMap, resolve
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+_INNER = "base_model.model."  # PEFT's name for the backbone in its wrapper
 _TRIES = 5  # a layer that a deep network skips at random one time in three is missed by all of them once in 243
 
 
@@ -149,11 +150,17 @@ def _params_by_role(model: nn.Module, role_of: Mapping[str, str]) -> dict[str, i
 
 
 def _trainable_by_role(model: nn.Module, plan: Plan, roles: RoleMap | None) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
+    """Count trained parameters by role; what layers of several roles share counts as `shared`, once."""
+    found: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
-            role = _role_of_parameter(name.removeprefix("base_model.model."), plan, roles)
-            counts[role] = counts.get(role, 0) + parameter.numel()
+            known = found.setdefault(parameter, set())
+            if plan.peft_config is None or name.startswith(_INNER):
+                known.add(_role_of_parameter(name.removeprefix(_INNER), plan, roles))
+    counts: dict[str, int] = {}
+    for parameter, carrying in found.items():
+        role = next(iter(carrying)) if len(carrying) == 1 else "shared"
+        counts[role] = counts.get(role, 0) + parameter.numel()
     return counts
 
 

@@ -18,6 +18,7 @@ from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.mixture import MixtureConfig, MixtureModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
+from common.tuners.weight_form import WeightFormConfig, WeightFormModel
 from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "OwnConfig",
     "ScaleShiftConfig",
     "ScaleShiftModel",
+    "WeightFormConfig",
+    "WeightFormModel",
     "WeightLoraConfig",
     "WeightLoraModel",
     "is_own",
@@ -45,6 +48,7 @@ OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     CopiesConfig: CopiesModel,
     MixtureConfig: MixtureModel,
     ScaleShiftConfig: ScaleShiftModel,
+    WeightFormConfig: WeightFormModel,
     WeightLoraConfig: WeightLoraModel,
 }
 

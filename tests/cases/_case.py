@@ -26,6 +26,8 @@ class Case:
         mergeable: Whether it merges into the weights.
         random_start: Whether the seed decides anything.
         exact_start: Whether a fresh method changes no output bit; else up to rounding.
+        starts_elsewhere: Whether a fresh method changes the outputs by design (the paper's start is not zero).
+        reason: What a refusal to merge says, a pattern.
         moves_weight: Whether part of the frozen weight moves into the adapter.
     """
 
@@ -36,6 +38,8 @@ class Case:
     mergeable: bool = True
     random_start: bool = False
     exact_start: bool = True
+    starts_elsewhere: bool = False
+    reason: str = "no change of their weights"
     moves_weight: bool = False
 
     def count(self, spec: MethodSpec, model: nn.Module, targets: dict[str, str]) -> int:

@@ -189,8 +189,8 @@ def test_defect_merge_and_unload_needs_a_weight():
         model.merge_and_unload()
 
 
-# The detour around all of LoRA's defects on convolutions: `common.methods.reparameterised._what_the_engine_gets_wrong`,
-# which hands such layers to `common.tuners.weight_lora`.
+# The detour around all of LoRA's defects on convolutions: `_what_the_engine_gets_wrong` in
+# `common.methods.reparameterised._lora`, which hands such layers to `common.tuners.weight_lora`.
 
 
 def lora(layer, **settings):
@@ -295,7 +295,7 @@ def test_defect_lora_takes_a_convolution_of_a_class_of_its_own_for_a_plain_one()
 
 
 def test_defect_a_rank_pattern_matches_by_suffix():
-    """Detour: `common.methods.reparameterised.LoRA._engine_config` begins each pattern with a caret."""
+    """Detour: `common.methods.reparameterised._lora.LoRA._engine_config` begins each pattern with a caret."""
 
     def ranks(pattern):
         net = nn.ModuleDict({"proj": nn.Linear(4, 4), "stem": nn.ModuleDict({"proj": nn.Linear(4, 4)})})
@@ -310,7 +310,7 @@ def test_defect_a_rank_pattern_matches_by_suffix():
 
 
 def test_defect_rslora_with_ranks_by_layer_cannot_be_converted(tmp_path):
-    """Detour: `common.methods.reparameterised.LoRA._engine_config` refuses the three together."""
+    """Detour: `common.methods.reparameterised._lora.LoRA._engine_config` refuses the three together."""
     config = LoraConfig(target_modules="0", r=3, use_rslora=True, init_lora_weights="pissa", rank_pattern={"0": 2})
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
     model.save_pretrained(tmp_path / "start", save_embedding_layers=False)
@@ -337,7 +337,7 @@ def test_defect_missing_keys_only_warn(tmp_path):
 
 
 def test_defect_dora_with_a_start_from_the_spectrum_cannot_be_converted(tmp_path):
-    """Detour: `common.methods.reparameterised.LoRA.plan` refuses the pair."""
+    """Detour: `common.methods.reparameterised._lora.LoRA.plan` refuses the pair."""
     config = LoraConfig(target_modules=exact(["embed"]), r=2, use_dora=True, init_lora_weights="pissa")
     model = get_peft_model(toy_backbone(), config)
     model.save_pretrained(tmp_path / "start", save_embedding_layers=False)

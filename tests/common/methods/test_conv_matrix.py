@@ -69,7 +69,10 @@ def test_a_fresh_method_changes_no_output(name, dims):
     for seed in SEEDS:
         result = attached(name, dims, seed)
         result.train(False)
-        assert torch.equal(run(result.model, dims), bare(name, dims, seed))
+        if CASES[name].exact_start:
+            assert torch.equal(run(result.model, dims), bare(name, dims, seed))
+        else:
+            torch.testing.assert_close(run(result.model, dims), bare(name, dims, seed), atol=1e-5, rtol=1e-5)
 
 
 @EACH
@@ -178,7 +181,7 @@ def test_a_merged_backbone_is_plain_weights(name):
     task.backbone = task.attached.model
     expected = run(task.backbone, 3)
     if not CASES[name].mergeable:
-        with pytest.raises(GraftError, match=r"\w+ cannot be merged on zoo: .*no change of their weights"):
+        with pytest.raises(GraftError, match=rf"\w+ cannot be merged on zoo: .*{CASES[name].reason}"):
             merged_backbone(task)
         return
     merged = merged_backbone(task).eval()

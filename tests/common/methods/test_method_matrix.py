@@ -67,16 +67,24 @@ def base_layer_name(name):
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
+def check_start(name, output, bare):
+    case = CASES[name]
+    if case.starts_elsewhere:
+        assert not torch.equal(output, bare)
+        torch.testing.assert_close(output, bare, atol=0.1, rtol=0.1)
+    elif not case.exact_start:
+        torch.testing.assert_close(output, bare, atol=1e-5, rtol=1e-5)
+    else:
+        assert torch.equal(output, bare)
+
+
 @EACH
 def test_a_fresh_method_changes_no_output(name):
     bare = bare_output(frozen=name != "FullFineTune")
     result = attached(name)
     result.train(False)
     output = run(result.model)
-    if not CASES[name].exact_start:
-        torch.testing.assert_close(output, bare, atol=1e-5, rtol=1e-5)
-    else:
-        assert torch.equal(output, bare)
+    check_start(name, output, bare)
 
 
 @EACH
@@ -90,7 +98,9 @@ def test_only_the_intended_parameters_move(name):
     after = result.model.state_dict()
     moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
     buffers = {key for key, _ in result.model.named_buffers()}
-    assert moved - buffers == set(own)
+    shared = {key for key, p in result.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    assert moved - buffers == shared  # the names of what several layers share are all of them
+    assert set(own) <= shared
     statistics = {key for key in buffers if "running" in key or "num_batches" in key}
     assert moved & buffers == (statistics if result.plan.mode == "full" else set())
 
@@ -132,7 +142,7 @@ def test_parameters_by_role_add_up(name):
 def test_trained_adapters_count_under_the_role_of_their_target(name):
     result = attached(name)
     counted = {role for role, (_, number) in result.params_by_role.items() if number}
-    assert counted == set(result.plan.targets.values())
+    assert counted == {"shared"} or counted - {"shared"} == set(result.plan.targets.values())
 
 
 @EACH
@@ -159,7 +169,7 @@ def test_a_merged_backbone_is_plain_and_computes_the_same(name):
     task.eval()
     expected = run(task.backbone)
     if not CASES[name].mergeable:
-        with pytest.raises(GraftError, match=r"\w+ cannot be merged on toy: .*no change of their weights"):
+        with pytest.raises(GraftError, match=rf"\w+ cannot be merged on toy: .*{CASES[name].reason}"):
             merged_backbone(task)
         return
     merged = merged_backbone(task).eval()
@@ -200,8 +210,8 @@ def test_the_class_explains_itself(name):
     assert spec.taxonomy in ("baseline", "selective", "reparameterised", "additive", "prompts", "hybrid")
     assert spec.summary
     assert len(spec.__doc__.splitlines()) > 2
-    assert spec.taxonomy == "baseline" or spec.source.startswith("arXiv ")
-    assert not spec.source or spec.source.removeprefix("arXiv ") in spec.__doc__
+    assert spec.taxonomy == "baseline" or spec.source.startswith(("arXiv ", "OpenReview "))
+    assert not spec.source or spec.source.split()[1] in spec.__doc__
 
 
 @EACH
@@ -217,7 +227,7 @@ def test_an_architecture_without_a_family(name):
     def build():
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+            return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 4))
 
     spec = SPECS[name]
     if name == "ConvAdapter":
@@ -245,4 +255,4 @@ def test_an_architecture_without_a_family(name):
     result.train(False)
     x = torch.randn(2, 4)
     with torch.no_grad():
-        assert torch.equal(result.model(x), build()(x))
+        check_start(name, result.model(x), build()(x))

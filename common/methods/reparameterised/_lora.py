@@ -1,4 +1,4 @@
-"""Reparameterised methods: a weight change of low rank or few degrees of freedom, which merges into the weight."""
+"""LoRA and its variants."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from common.errors import GraftError
 from common.methods._base import CONVOLUTIONS, OnModules, Plan, exact, listed, require_types
+from common.methods.reparameterised._layers import at_least, in_unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,9 +63,8 @@ class LoRA(OnModules):
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Take Linear, convolution and Embedding layers; see the base class."""
-        _positive_rank("LoRA", self.rank)
-        if not 0.0 <= self.dropout < 1.0:
-            raise GraftError(f"LoRA dropout is {self.dropout}; give a share in [0, 1).")
+        at_least(1, "LoRA", rank=self.rank)
+        in_unit("LoRA", dropout=self.dropout)
         if self.dora and self.init in ("pissa", "olora"):
             raise GraftError(f"LoRA with dora cannot start from {self.init}, since no export could hold it. Drop one.")
         targets = self.select(model, roles)
@@ -169,52 +169,6 @@ class LoRA(OnModules):
                 f"LoRA init is '{self.init}', but {because}, and Graft's own starts from 'default' or 'gaussian'. "
                 "Choose one of them, or other roles with 'on'."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VeRA(OnModules):
-    """Vector-based random matrix adaptation (Kopiczko et al. 2023, arXiv 2310.11454).
-
-    y = W x + diag(b) B diag(d) A x with frozen random A, B shared by all layers; only the vectors b (length out) and d
-    (length rank) train: rank + out parameters for each layer. For the smallest adapter files; linear layers only.
-
-    Args:
-        rank: Rank of the shared random matrices; large, since they cost no training parameters.
-        dropout: Dropout on the adapter's input.
-        d_initial: Starting value of d.
-        seed: Seed of the shared random matrices, which are drawn again on load.
-    """
-
-    taxonomy: ClassVar[str] = "reparameterised"
-    summary: ClassVar[str] = "shared random matrices, trained scaling vectors"
-    source: ClassVar[str] = "arXiv 2310.11454"
-
-    rank: int = 256
-    dropout: float = 0.0
-    d_initial: float = 0.1
-    seed: int = 0
-
-    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
-        """Take Linear layers; see the base class."""
-        from peft import VeraConfig
-
-        _positive_rank("VeRA", self.rank)
-        targets = self.select(model, roles)
-        require_types("VeRA", model, targets, ("Linear",))
-        config = VeraConfig(
-            r=self.rank,
-            target_modules=exact(list(targets)),
-            vera_dropout=self.dropout,
-            d_initial=self.d_initial,
-            projection_prng_key=self.seed,
-            save_projection=False,
-        )
-        return Plan(peft_config=config, targets=targets)
-
-
-def _positive_rank(method: str, rank: int) -> None:
-    if rank < 1:
-        raise GraftError(f"{method} rank is {rank}; give a whole number of at least 1.")
 
 
 def _say_lowered(rank: int, lowered: Mapping[str, int]) -> tuple[str, ...]:
