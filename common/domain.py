@@ -30,6 +30,8 @@ class Domain:
         baselines: Public name to `package.module:function` of its predictors that are not trained. The function is
             called with the task (its facts known, nothing else built) and the set-up datamodule, and returns a
             predictor: a function of a batch that returns what the task's `infer` would.
+        specimens: Title to `package.module:function` of tiny networks of the domain's kinds, on which `graft matrix`
+            tries every method; the function takes nothing and returns a `common.matrix.Specimen`.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Domain:
     predict: str = ""
     embed: str = ""
     baselines: Mapping[str, str] = field(default_factory=dict)
+    specimens: Mapping[str, str] = field(default_factory=dict)
 
     def load_task(self, name: str) -> type[Any]:
         """Import one of the domain's tasks by its public name.

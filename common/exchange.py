@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,7 +55,7 @@ def adapter_state(task: AdaptedTask) -> dict[str, Tensor]:
 def adapter_bytes(task: AdaptedTask) -> dict[str, int]:
     """Return the file sizes of a task's adapter, head and bare backbone, as safetensors."""
     shared = _plain(adapter_state(task))
-    if _starts_from_the_weight(task.peft):  # the export holds the start beside the trained factors
+    if starts_from_the_weight(task.peft):  # the export holds the start beside the trained factors
         shared = {name: torch.cat((tensor, tensor)) for name, tensor in shared.items()}
     backbone = sum(size for size, _ in task.attached.params_by_role.values()) * 4
     return {
@@ -76,7 +76,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _starts_from_the_weight(spec: MethodSpec) -> bool:
+def starts_from_the_weight(spec: MethodSpec) -> bool:
     """Whether the method moves part of the weight into the adapter, so that an export must move it back."""
     return getattr(spec, "init", "default") in ("pissa", "olora")
 
@@ -141,7 +141,7 @@ def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str
     """
     task = restore(run, record, domains)
     with new_folder(out) as folder:
-        _write_adapter(task, folder)
+        write_adapter(task.attached, folder, lambda: _fresh(task).backbone)
         save_file(_plain(task.head.state_dict()), folder / HEAD)
         identity = {
             k: record[k] for k in ("domain", "task", "settings", "facts", "method", "optim", "seed", "base_digest")
@@ -153,23 +153,30 @@ def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str
     return certificate
 
 
-def _write_adapter(task: AdaptedTask, folder: Path) -> None:
+def write_adapter(attached: Attached, folder: Path, start: Callable[[], nn.Module]) -> None:
+    """Write a trained method's tensors into a folder: PEFT's format, a whole model, or nothing for a frozen backbone.
+
+    Args:
+        attached: The backbone with its trained method.
+        folder: An existing folder.
+        start: Builds the attached model as it was before training, where the adapter began as a part of the weight.
+    """
     from peft import PeftModel
 
-    model = task.backbone
+    model = attached.model
     if isinstance(model, PeftModel):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns that it finds no hub config, which a timm model never has
-            if _starts_from_the_weight(task.peft):
-                with tempfile.TemporaryDirectory() as start:
-                    cast("PeftModel", _fresh(task).backbone).save_pretrained(start, save_embedding_layers=False)
+            if starts_from_the_weight(attached.spec):
+                with tempfile.TemporaryDirectory() as before:
+                    cast("PeftModel", start()).save_pretrained(before, save_embedding_layers=False)
                     model.save_pretrained(
-                        str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=start
+                        str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=before
                     )
             else:
                 model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
-    elif task.attached.plan.mode == "full":
+    elif attached.plan.mode == "full":
         save_file(_plain(model.state_dict()), folder / MODEL)
 
 
@@ -226,14 +233,24 @@ def load(folder: Path, domains: Mapping[str, Domain]) -> AdaptedTask:
     except ValueError as error:
         raise GraftError(f"{folder / GRAFT} is damaged: {error}. Export the adapter again.") from error
     task = rebuild(record, domains)
-    task.assemble(lambda built: _attach_folder(built, task.peft, folder, record.get("base_digest", "")))
+    task.assemble(lambda built: attach_folder(built, task.peft, folder, record.get("base_digest", "")))
     _load_exactly(task.head, _read(folder / HEAD), "head")
     task.eval()
     return task
 
 
-def _attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str) -> Attached:
-    """Put the folder's adapter onto the bare backbone with PEFT's own loader, and check that it took."""
+def attach_folder(built: Backbone, spec: MethodSpec, folder: Path, digest: str) -> Attached:
+    """Put a folder's adapter onto the bare backbone with PEFT's own loader, and check that it took.
+
+    Args:
+        built: The bare backbone.
+        spec: The method that the folder is of.
+        folder: The adapter folder.
+        digest: The digest of the weights that it was trained on.
+
+    Raises:
+        GraftError: Another base model, another configuration, or missing or unexpected tensors.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     import common.tuners  # noqa: F401  (registers the tuner types that PEFT lacks)
@@ -276,7 +293,7 @@ def _check_config(folder: Path, spec: MethodSpec, plan: Plan) -> None:
     wanted = plan.peft_config.to_dict() if plan.peft_config else {}
     wanted = json.loads(json.dumps(wanted, default=sorted))  # sets as PEFT writes them
     free = {"base_model_name_or_path", "inference_mode", "peft_version", "auto_mapping"}
-    if _starts_from_the_weight(spec):  # exported as plain LoRA of twice the rank
+    if starts_from_the_weight(spec):  # exported as plain LoRA of twice the rank
         free |= {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_rslora"}
     wrong = sorted(key for key in given if key not in free and given[key] != wanted.get(key))
     if wrong:
@@ -316,17 +333,31 @@ def merged_backbone(task: AdaptedTask) -> nn.Module:
     Raises:
         GraftError: The method cannot be merged on this backbone; the message says why.
     """
-    from peft import PeftModel
-
-    if not isinstance(task.backbone, PeftModel):
-        return task.backbone
-    base = task.backbone.get_base_model()
     if bits := set(task.attached.plan.quantise.values()):
         raise GraftError(
             f"{type(task.peft).__name__} cannot be merged on {task.backbone_name}: its weights are held in "
             f"{', '.join(bits)}, and rounding them again would change the outputs. Load the adapter on the whole "
             "weights and merge there."
         )
+    return merged(task.backbone, type(task.peft).__name__, task.backbone_name)
+
+
+def merged(model: nn.Module, method: str, backbone: str) -> nn.Module:
+    """Merge a model's adapter into the weights, and return the plain model; the given one is used up.
+
+    Args:
+        model: The model, with adapters or without.
+        method: Name of the method, for the message.
+        backbone: Name of the backbone, for the message.
+
+    Raises:
+        GraftError: The method cannot be merged on this backbone; the message says why.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return model
+    base = model.get_base_model()
     try:
         # PEFT's own merge_and_unload needs every replaced module to have a `weight`, which a block has not.
         for name, layer in tuner_layers(base).items():
@@ -334,7 +365,7 @@ def merged_backbone(task: AdaptedTask) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.get_base_layer())
     except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
-        raise GraftError(f"{type(task.peft).__name__} cannot be merged on {task.backbone_name}: {error}") from error
+        raise GraftError(f"{method} cannot be merged on {backbone}: {error}") from error
     return base
 
 

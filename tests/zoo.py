@@ -23,12 +23,6 @@ FAMILY = Family(
         "norm": (Pattern(r".*", NORMS),),
     },
 )
-SMALL = {
-    "LoRA": {"rank": 2},
-    "VeRA": {"rank": 4, "on": ["ffn"]},
-    "Houlsby": {"on": ["all"], "width": 5},
-    "Mixture": {"parts": [LoRA(on=["conv"], rank=2), NormTuning()]},
-    "AtBudget": {"method": LoRA(on=["conv"]), "share": 0.2, "most": 3},
 _FFN = {"on": ["ffn"]}  # its linear layers, 4 -> 8 -> 5
 SMALL = {
     "LoRA": {"rank": 2},
@@ -58,6 +52,8 @@ SMALL = {
     "SuperTuning": {"sparsity": 0.8, **_FFN},
     "BEFT": _FFN,
     "Houlsby": {"on": ["all"], "width": 5},
+    "Mixture": {"parts": [LoRA(on=["conv"], rank=2), NormTuning()]},
+    "AtBudget": {"method": LoRA(on=["conv"]), "share": 0.2, "most": 3},
 }
 
 

@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    from common.cli import caching, comparing, doctor, listing, sharing
+    from common.cli import caching, comparing, doctor, listing, matrix, sharing
 
     parser = _Parser(
         prog="graft",
@@ -66,7 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     verbs: Any = parser.add_subparsers(metavar="VERB")
     for verb, text in TRAINING.items():
         verbs.add_parser(verb, help=text, add_help=False)
-    for module in (listing, sharing, comparing, caching, doctor):
+    for module in (listing, matrix, sharing, comparing, caching, doctor):
         module.add_verbs(verbs)
     if not argv:
         raise GraftError(f"Say what to do: {', '.join(verbs.choices)}. `graft --help` explains them.")

@@ -13,6 +13,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 
 from common.tuners._base import OwnConfig
+from common.tuners._upstream import MENDED
 from common.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
@@ -22,6 +23,7 @@ from common.tuners.weight_form import WeightFormConfig, WeightFormModel
 from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
 __all__ = [
+    "MENDED",
     "OWN",
     "BottleneckConfig",
     "BottleneckModel",
@@ -64,6 +66,7 @@ def _register() -> None:
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = config
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[key] = cast("Any", model)
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING[key] = model.prefix
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING.update(MENDED)
 
 
 _register()

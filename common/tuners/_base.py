@@ -12,6 +12,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import Tensor, nn
 from torch.func import functional_call
 
+# What a convolution, a Linear layer or an embedding says about itself.
+_FACTS = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("in_features", "out_features", "num_embeddings", "embedding_dim", "padding_idx"),
+)
+
 
 @dataclass
 class OwnConfig(PeftConfig):
@@ -68,6 +74,12 @@ class OwnLayer(nn.Module, BaseTunerLayer):
     def adapted(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Compute the layer's output with an adapter on it."""
         raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """Answer for the layer's own facts: some networks read a convolution's stride off it to size their input."""
+        if name in _FACTS:
+            return getattr(self.get_base_layer(), name)
+        return super().__getattr__(name)
 
     def base_parameter(self, name: str) -> nn.Parameter:
         """Return a parameter that the frozen layer holds itself.

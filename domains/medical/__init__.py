@@ -29,4 +29,8 @@ DOMAIN = Domain(
         "MirrorCopy": "domains.medical.baselines:mirror_copy",
         "ZeroShot": "domains.medical.baselines:zero_shot",
     },
+    specimens={
+        "MONAI UNet 3D": "domains.medical.specimens:unet",
+        "MONAI SwinUNETR": "domains.medical.specimens:swin_unetr",
+    },
 )

@@ -42,4 +42,9 @@ DOMAIN = Domain(
         "Composition": "domains.protein.baselines:composition",
         "KmerNearest": "domains.protein.baselines:kmer_nearest",
     },
+    specimens={
+        "HF ESM-2 + head": "domains.protein.specimens:esm2",
+        "fair-esm ESM-2": "domains.protein.specimens:fair_esm2",
+        "UniRep": "domains.protein.specimens:unirep",
+    },
 )

@@ -35,4 +35,10 @@ DOMAIN = Domain(
         "MajorityClass": "domains.speech.baselines:majority_class",
         "MelStatistics": "domains.speech.baselines:mel_statistics_probe",
     },
+    specimens={
+        "HF Whisper": "domains.speech.specimens:whisper",
+        "HF wav2vec2": "domains.speech.specimens:wav2vec2",
+        "HF SpeechT5": "domains.speech.specimens:speecht5",
+        "HF VITS": "domains.speech.specimens:vits",
+    },
 )

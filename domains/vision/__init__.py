@@ -25,4 +25,9 @@ DOMAIN = Domain(
     ),
     predict="domains.vision.predict:predict",
     baselines={"MajorityClass": "domains.vision.baselines:majority_class"},
+    specimens={
+        "timm ViT": "domains.vision.specimens:vit",
+        "timm ConvNeXt": "domains.vision.specimens:convnext",
+        "timm ResNet": "domains.vision.specimens:resnet",
+    },
 )

@@ -13,6 +13,7 @@ import torch
 from peft import (
     IA3Config,
     LNTuningConfig,
+    LNTuningModel,
     LoraConfig,
     PeftModel,
     get_peft_model,
@@ -161,6 +162,23 @@ def test_layer_copy_tuning_takes_any_module_and_trains_a_copy():
     assert not torch.equal(run(model), run(bare))
     with model.disable_adapter():
         torch.testing.assert_close(run(model), run(bare))
+
+
+def test_defect_copies_of_blocks_load_under_their_first_name_alone(monkeypatch, tmp_path):
+    """Detour: `common.tuners._upstream.NestedCopiesModel`."""
+    model = get_peft_model(toy_backbone(), LNTuningConfig(target_modules=exact(["blocks.1"])))
+    with torch.no_grad():
+        model.base_model.model.blocks[1].ln_tuning_layers["default"].fc2.bias += 1.0
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+
+    def loaded():
+        return run(PeftModel.from_pretrained(toy_backbone(), str(tmp_path), adapter_name="other"))
+
+    torch.testing.assert_close(loaded(), run(model))
+    monkeypatch.setitem(mapping.PEFT_TYPE_TO_TUNER_MAPPING, PeftType.LN_TUNING, LNTuningModel)
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        torch.testing.assert_close(loaded(), run(toy_backbone()))
+    torch.testing.assert_close(run(PeftModel.from_pretrained(toy_backbone(), str(tmp_path))), run(model))
 
 
 def test_a_configuration_cannot_have_any_module_imported():

@@ -271,3 +271,14 @@ NORMED = [kind for kind in CONFIGS if kind != "behind"]  # which asks for the la
 def test_a_weight_that_is_computed_at_each_call_is_refused(kind, norm):
     with pytest.raises(TypeError, match=r"holds no parameter 'weight' itself|is no plain convolution"):
         wrap(kind, norm(conv()))
+
+
+@EACH
+def test_an_adapted_layer_answers_for_the_layers_own_facts(kind):
+    model = get_peft_model(Net(conv(stride=2)), CONFIGS[kind]())
+    layer = model.base_model.model.layer
+    assert (layer.stride, layer.kernel_size, layer.out_channels) == ((2, 2), (3, 3), 6)
+    with pytest.raises(AttributeError, match="in_features"):
+        _ = layer.in_features
+    with pytest.raises(AttributeError, match="nothing_of_this_name"):
+        _ = layer.nothing_of_this_name

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from domains.medical.backbones import MedicalBackbone, build, features
+from domains.medical.specimens import GROUP, SWIN
 
 CLASSES = 3
 
@@ -28,9 +29,6 @@ class Tiny:
     also: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
-_SWIN = {"feature_size": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "window_size": 3}
-# At 32 voxels a side the innermost map of a SwinUNETR is one voxel, which a group norm can take.
-_GROUP = {"norm_name": ("GROUP", {"num_groups": 4})}
 NETS = {
     "unet": Tiny(
         "UNet", {2: (16, 16), 3: (16, 16, 16)}, {"channels": (4, 8, 16), "strides": (2, 2), "num_res_units": 2}
@@ -47,7 +45,7 @@ NETS = {
         {2: (32, 16), 3: (32, 16, 16)},
         {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 2},
     ),
-    "swin": Tiny("SwinUNETR", {2: (64, 32), 3: (32, 32, 32)}, _SWIN, {2: {"use_v2": True}, 3: _GROUP}),
+    "swin": Tiny("SwinUNETR", {2: (64, 32), 3: (32, 32, 32)}, SWIN, {2: {"use_v2": True}, 3: GROUP}),
     "dynunet": Tiny(
         "DynUNet",
         {2: (16, 16), 3: (16, 16, 16)},

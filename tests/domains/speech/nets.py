@@ -24,6 +24,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from domains.speech.specimens import spread
+
 SECONDS = 2.0  # the context of the tiny Whisper
 POSITIONS = int(SECONDS * 50)
 WAVES = {
@@ -43,15 +45,6 @@ def byte_tokenizer(languages=()):
     marks = ["<|endoftext|>", "<|startoftranscript|>", *(f"<|{language}|>" for language in languages)]
     tokenizer.add_special_tokens([*marks, "<|translate|>", "<|transcribe|>", "<|notimestamps|>"])
     return tokenizer
-
-
-def spread(model, seed=0, std=0.3):
-    """Draw matrices wide enough that every layer matters; transformers starts near zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed" not in name and "parametrizations" not in name:
-            nn.init.normal_(parameter, std=std, generator=generator)
-    return model.eval()
 
 
 def tiny_whisper(folder, *, languages=(), layers=(2, 2), seed=0, dropout=0.0):

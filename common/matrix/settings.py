@@ -1,0 +1,33 @@
+"""With which settings the matrix tries the methods: their defaults, but for what a tiny network cannot take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from common.methods import METHODS, MethodSpec
+
+# Settings in place of a method's defaults, each with its reason.
+TINY: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+# Methods whose start changes the output by design, each with its reason. All others have to start as the bare network.
+CHANGES_AT_START: Mapping[str, str] = MappingProxyType({})
+
+# Where the roles that a method takes by default are refused, these are tried in turn.
+ROLES = (["all"], ["attention", "ffn"], ["conv"], ["recurrent"], ["attention"], ["ffn"], ["stem"])
+
+
+def candidates(method: str) -> Iterator[tuple[MethodSpec, str]]:
+    """Yield the settings to try on a network, the first that is not refused counts; with a remark on each.
+
+    Args:
+        method: A name of `METHODS`.
+    """
+    spec = METHODS[method](**TINY.get(method, {}))
+    yield spec, ""
+    if any(field.name == "on" for field in dataclasses.fields(spec)) and "on" not in TINY.get(method, {}):
+        for on in ROLES:
+            if on != getattr(spec, "on", None):
+                yield dataclasses.replace(spec, **{"on": list(on)}), f"with `on: [{', '.join(on)}]`"
