@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.compare.statistics import pareto_front
+
 # Stand-ins that are replaced in the finished SVG, so that the page decides the colours in light and dark.
 _COLOURS = {"#010203": "currentColor", "#040506": "var(--accent)", "#070809": "var(--line)", "#0a0b0c": "var(--page)"}
 _INK, _ACCENT, _LINE, _PAGE = _COLOURS
@@ -41,17 +43,17 @@ class Point:
         name: Its label.
         cost: Where it stands from left to right; above 0.
         quality: Where it stands from bottom to top.
-        spread: Half the height of its error bar; None for none.
+        reach: Lower and upper end of its error bar; None for none.
     """
 
     name: str
     cost: float
     quality: float
-    spread: float | None
+    reach: tuple[float, float] | None
 
 
 def front(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
-    """The points that no other point beats: none is as good or better at lower or equal cost, and better in one.
+    """The points that no other point beats; see `pareto_front`.
 
     Args:
         points: All points.
@@ -60,13 +62,8 @@ def front(points: Sequence[Point], *, more_is_better: bool) -> list[Point]:
     Returns:
         The front, from cheap to dear.
     """
-    sign = 1.0 if more_is_better else -1.0
-
-    def beats(one: Point, other: Point) -> bool:
-        gain, saving = sign * (one.quality - other.quality), other.cost - one.cost
-        return gain >= 0 and saving >= 0 and (gain > 0 or saving > 0)
-
-    return sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: (p.cost, p.quality))
+    places = pareto_front([(point.cost, point.quality) for point in points], more_is_better=more_is_better)
+    return [points[place] for place in places]
 
 
 def pareto_svg(
@@ -107,7 +104,7 @@ def pareto_svg(
         _draw(axes, points, best, levels)
         figure.draw_without_rendering()  # settles the layout, which labels are placed by
         edge = axes.get_xlim()[0]
-        anchors = [Point(name=name, cost=edge, quality=height, spread=None) for name, height in levels]
+        anchors = [Point(name=name, cost=edge, quality=height, reach=None) for name, height in levels]
         _label(axes, [*points, *anchors])
         figure.savefig(buffer, format="svg", transparent=True)
     told = _described(points, best, levels, cost_label, quality_label)
@@ -140,7 +137,9 @@ def _draw(
     axes.plot([point.cost for point in best], [point.quality for point in best], **line)
     dot = {"fmt": "o", "markersize": 7, "color": _ACCENT, "elinewidth": 1.2, "markeredgewidth": 1.6}
     for point in points:
-        bar = None if point.spread is None else [point.spread]
+        low, high = point.reach or (point.quality, point.quality)
+        # Percentiles need not enclose the mean, and a bar cannot point inwards.
+        bar = None if point.reach is None else [[max(0.0, point.quality - low)], [max(0.0, high - point.quality)]]
         filling = _ACCENT if point in best else _PAGE
         axes.errorbar([point.cost], [point.quality], yerr=bar, markerfacecolor=filling, **dot)
 
@@ -152,8 +151,10 @@ def _limits(points: Sequence[Point], heights: Sequence[float]) -> dict[str, tupl
     shall look small.
     """
     costs = [math.log10(point.cost) for point in points]
-    lows = [point.quality - (point.spread or 0.0) for point in points] + [*heights]
-    highs = [point.quality + (point.spread or 0.0) for point in points] + [*heights]
+    lows = [min(point.quality, *(point.reach or ())) if point.reach else point.quality for point in points] + [*heights]
+    highs = [max(point.quality, *(point.reach or ())) if point.reach else point.quality for point in points] + [
+        *heights
+    ]
     left, width = _stretch(min(costs), max(costs), 0.67)
     bottom, height = _stretch(min(lows), max(highs), 0.05 * max(map(abs, (*lows, *highs))) or 0.05)
     return {

@@ -14,13 +14,14 @@ from markupsafe import Markup
 
 from common.compare._plots import Point, pareto_svg
 from common.compare._samples import Example, Group, pictured_examples, sample_groups
+from common.compare.evidence import COSTS, Block, Standing
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
 from common.compare.study import Study, Trial
-from common.compare.summary import Summary, summarise
-from common.compare.tables import amount, columns
+from common.compare.summary import Summary, overview, summarise
+from common.compare.tables import NOTHING, amount, columns, share
 
 _TEMPLATE = "report.html.j2"
-_AXES = (("params_trainable", "trainable parameters"), ("memory_total", "training memory (bytes)"))
+_UNITS = {"B": "bytes", "s": "seconds"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class Section:
     recipe: str
     facts: str
     primary: str
+    tune_seed: int
+    seed: int
     untrained: str
     summary: Summary
     head: tuple[tuple[str, bool], ...]
@@ -70,13 +73,23 @@ class Section:
     commands: str
 
 
-def write_report(study: Study, rows: Sequence[Row], runs: Sequence[Run], path: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """What several recipes say together: sentences, and a table of (method, rank, gap on each recipe)."""
+
+    lines: tuple[str, ...]
+    labels: tuple[str, ...]
+    rows: tuple[tuple[str, float | None, tuple[tuple[str, float | None], ...]], ...]
+
+
+def write_report(title: str, question: str, blocks: Sequence[Block], standing: Standing | None, path: Path) -> None:
     """Write the report.
 
     Args:
-        study: The study.
-        rows: Its results.
-        runs: All its runs, those that failed or were not chosen included.
+        title: Its title.
+        question: What was asked, in a sentence.
+        blocks: The results, one for each recipe.
+        standing: What they say together; None where there is one alone.
         path: The HTML file.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -84,31 +97,48 @@ def write_report(study: Study, rows: Sequence[Row], runs: Sequence[Run], path: P
     page = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    sections: list[Section] = []
-    for index, recipe in enumerate(study.recipes):
-        own_rows = [row for row in rows if row.recipe == study.labels[recipe]]
-        own_runs = [run for run in runs if run.trial.recipe == recipe]
-        sections.append(_section(study, recipe, own_rows, own_runs, f"plot{index}"))
     text = page.get_template(_TEMPLATE).render(
-        study=study, sections=sections, parts=MEMORY_PARTS, environment=_environment(runs)
+        nothing=NOTHING,
+        title=title,
+        question=question,
+        together=_together(blocks, standing) if standing else None,
+        sections=[_section(block, f"plot{index}") for index, block in enumerate(blocks)],
+        parts=MEMORY_PARTS,
+        environment=_environment([run for block in blocks for run in block.runs]),
     )
     path.write_text(text, encoding="utf-8")
 
 
-def _section(study: Study, recipe: str, rows: Sequence[Row], runs: Sequence[Run], ident: str) -> Section:
-    shown = columns(rows, every_metric=True)
+def _together(blocks: Sequence[Block], standing: Standing) -> Together:
+    ranks = standing.ranking.ranks if standing.ranking else {}
+    labels = tuple(block.label for block in blocks)
+    names = [*ranks, *(name for name in standing.gaps if name not in ranks)]
+
+    def cells(name: str) -> tuple[tuple[str, float | None], ...]:
+        gaps = [standing.gaps.get(name, {}).get(label) for label in labels]
+        return tuple((share(gap), gap) for gap in gaps)
+
+    rows = tuple((name, ranks.get(name), cells(name)) for name in names)
+    return Together(lines=tuple(overview(standing)), labels=labels, rows=rows)
+
+
+def _section(block: Block, ident: str) -> Section:
+    study, rows, runs = block.study, block.rows, block.runs
+    shown = columns(rows, block.comparison, every_metric=True)
     seen = [run.metrics for run in runs if run.metrics]
     pictured = [run for run in runs if run.chosen and run.trial.seed == study.seeds[0] and not run.failure]
     return Section(
-        label=study.labels[recipe],
-        recipe=recipe,
+        label=block.label,
+        recipe=block.recipe,
         facts=_facts(seen),
         primary=next((row.primary.replace("_", " ") for row in rows if row.primary), ""),
+        tune_seed=study.tune_seed,
+        seed=study.seeds[0],
         untrained=", ".join(row.method for row in rows if row.baseline),
-        summary=summarise(rows, runs, redrawn=bool(study.seed_options)),
+        summary=summarise(rows, runs, block.comparison, redrawn=bool(study.seed_options)),
         head=tuple((column.title, column.words) for column in shown),
         cells=tuple(tuple((c.text(row), c.value(row), c.words) for c in shown) for row in rows),
-        plots=tuple(_plots(rows, ident)),
+        plots=tuple(_plots(block, ident)),
         bars=tuple(_bars(rows)),
         tuning=tuple(_tuning(study, runs)),
         failed=tuple(run for run in runs if run.failure),
@@ -134,28 +164,32 @@ def _facts(seen: Sequence[Metrics]) -> str:
     return ", ".join(word for word in words if word)
 
 
-def _plots(rows: Sequence[Row], ident: str) -> list[Plot]:
-    plots: list[Plot] = []
+def _plots(block: Block, ident: str) -> list[Plot]:
+    rows, plots = block.rows, list[Plot]()
+    intervals = block.comparison.intervals if block.comparison else {}
     levels = [(row.method, row.quality.mean) for row in rows if row.baseline and row.quality is not None]
-    for key, label in _AXES:
+    for key, words, unit in COSTS:
         known = [(row, row.quality) for row in rows if row.quality is not None and row.cost.get(key, 0) > 0]
-        if not known:
+        if not known or all(row.baseline for row, _ in known):
             continue
-        first = known[0][0]
-        name = first.primary.replace("_", " ")
-        points = [
-            Point(name=row.method, cost=row.cost[key], quality=spread.mean, spread=spread.std) for row, spread in known
-        ]
+        known = [(row, spread) for row, spread in known if not row.baseline]
+        first, name = known[0][0], known[0][0].primary.replace("_", " ")
+        points: list[Point] = []
+        for row, spread in known:
+            found = intervals.get(row.method)
+            reach = (found.low, found.high) if found else None
+            points.append(Point(name=row.method, cost=row.cost[key], quality=spread.mean, reach=reach))
         svg = pareto_svg(
             points,
             levels=levels,
             ident=f"{ident}-{key}",
-            title=f"Test {name} against {label}",
-            cost_label=label,
+            title=f"Test {name} against {words}",
+            cost_label=f"{words} ({_UNITS[unit]})" if unit else words,
             quality_label=f"test {name}",
             more_is_better=first.mode == "max",
         )
-        caption = f"Test {name} against {label}. Filled and joined: no other method is both better and cheaper."
+        caption = f"Test {name} against {words}. Filled and joined: no other method is both better and cheaper."
+        caption += " Bars: 95 % intervals." if intervals else ""
         caption += " Dotted across: not trained." if levels else ""
         # The drawing is ours and its text escaped; everything else on the page goes through autoescape.
         plots.append(Plot(caption=caption, svg=Markup(svg)))

@@ -32,6 +32,7 @@ class Metrics:
         data: Name, digest and sizes of the data.
         environment: Versions and device.
         backbone: The name of the backbone.
+        domain: The name of the domain; "" where the run does not say.
     """
 
     fitted: bool
@@ -43,6 +44,7 @@ class Metrics:
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
     backbone: str
+    domain: str = ""
 
     @property
     def score(self) -> float | None:
@@ -85,20 +87,22 @@ class Spread:
         mean: The mean.
         std: The sample standard deviation; None for a single seed, which has none.
         n: How many seeds.
+        values: Each seed's value.
     """
 
     mean: float
     std: float | None
     n: int
+    values: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         """Take mean and sample standard deviation of one or more values; both are nan where a value is not finite."""
         numbers = list(values)
         if not all(map(math.isfinite, numbers)):
-            return cls(mean=math.nan, std=math.nan if len(numbers) > 1 else None, n=len(numbers))
+            return cls(mean=math.nan, std=math.nan if len(numbers) > 1 else None, n=len(numbers), values=(*numbers,))
         std = statistics.stdev(numbers) if len(numbers) > 1 else None
-        return cls(mean=statistics.fmean(numbers), std=std, n=len(numbers))
+        return cls(mean=statistics.fmean(numbers), std=std, n=len(numbers), values=(*numbers,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,7 @@ def read_metrics(folder: Path) -> Metrics | None:
             data=raw["data"],
             environment=raw["environment"],
             backbone=raw["backbone"],
+            domain=raw.get("domain", ""),
         )
     except FileNotFoundError:
         return None

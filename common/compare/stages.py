@@ -6,11 +6,12 @@ was stopped goes on where it was; a run folder that came from another command is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from common._yaml import load_yaml
+from common.compare.evidence import Block, make_blocks, stand
 from common.compare.report import write_report
-from common.compare.results import Failure, Run, choose, make_rows, read_metrics
+from common.compare.results import Failure, Run, choose, read_metrics
 from common.compare.runner import Finished, Job, cpu_count, run_jobs
 from common.compare.study import Study, Trial, load_study
 from common.compare.tables import print_table, write_csv, write_markdown
@@ -38,7 +40,7 @@ def compare(
     command: Sequence[str] = GRAFT,
     console: Console | None = None,
 ) -> int:
-    """Run a study and write its results.
+    """Run the study of a file and write its results.
 
     Args:
         study_path: The study file.
@@ -48,29 +50,69 @@ def compare(
         console: Where progress and the table go; by default standard output.
 
     Returns:
-        The exit code: 0 where every run succeeded, 1 where one failed, 130 where the study was stopped.
+        The exit code; see `run_studies`.
 
     Raises:
         GraftError: If the study file is wrong, or a run folder holds the result of another command.
     """
     study = load_study(study_path, out)
-    tuning = study.tuning()
+    return run_studies([study], jobs, command=command, console=console)[0]
+
+
+def run_studies(
+    studies: Sequence[Study],
+    jobs: int | None = None,
+    *,
+    command: Sequence[str] = GRAFT,
+    console: Console | None = None,
+) -> tuple[int, list[Block]]:
+    """Run studies and write their results into the first one's output folder, as one report.
+
+    Args:
+        studies: The studies, at least one; title and question of the report are the first one's.
+        jobs: How many trials run side by side; by default half the processors.
+        command: What stands before `fit`, `test` and `baseline` on each command line.
+        console: Where progress and the table go; by default standard output.
+
+    Returns:
+        The exit code (0 where every run succeeded, 1 where one failed, 130 where the studies were stopped) and the
+        results, none where they were stopped.
+
+    Raises:
+        GraftError: If a run folder holds the result of another command, or another comparison is running there.
+    """
     if jobs is not None and jobs < 1:
         raise GraftError(f"--jobs {jobs} is not possible. Give 1 or more.")
-    console = console or Console()
-    width = min(jobs or max(1, cpu_count() // 2), len(tuning))
-    session = _Session(study=study, command=tuple(command), width=width, console=console)
-    session.refuse_foreign_folders(study.possible())
-    study.out.mkdir(parents=True, exist_ok=True)
+    console, first = console or Console(), studies[0]
+    width = min(jobs or max(1, cpu_count() // 2), max(len(study.tuning()) for study in studies))
+    sessions = [_Session(study=study, command=tuple(command), width=width, console=console) for study in studies]
+    for session in sessions:
+        session.refuse_foreign_folders(session.study.possible())
+    folders = sorted({folder for study in studies for folder in (first.out, study.runs)})
     try:
-        with FileLock(study.out / ".lock", timeout=0):
-            runs = session.run()
-            return _write(study, runs, console)
-    except Timeout as error:
-        raise GraftError(f"Another study is running in '{study.out}'. Wait for it, or give another --out.") from error
+        with contextlib.ExitStack() as stack:
+            for folder in folders:
+                stack.enter_context(_sole_use(folder))
+            blocks = [block for session in sessions for block in make_blocks(session.study, session.run())]
+            return _write(first.title, first.question, blocks, first.out, console), blocks
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
-        return STOPPED
+        return STOPPED, []
+
+
+@contextlib.contextmanager
+def _sole_use(folder: Path) -> Generator[None]:
+    """Keep other comparisons out of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise GraftError(f"Another study is running in '{folder}'. Wait for it, or give another --out.") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +256,15 @@ def _identity(record: Mapping[str, Any]) -> tuple[object, object]:
     return record.get("arguments"), record.get("recipe_sha256")
 
 
-def _write(study: Study, runs: Sequence[Run], console: Console) -> int:
-    rows = make_rows(study, runs)
-    write_csv(rows, study.out / "results.csv")
-    write_markdown(study, rows, study.out / "results.md")
-    write_report(study, rows, runs, study.out / "report.html")
-    print_table(study, rows, console)
+def _write(title: str, question: str, blocks: Sequence[Block], out: Path, console: Console) -> int:
+    standing = stand(blocks)
+    write_csv(blocks, out / "results.csv")
+    write_markdown(title, blocks, standing, out / "results.md")
+    write_report(title, question, blocks, standing, out / "report.html")
+    print_table(title, blocks, console)
+    runs = [run for block in blocks for run in block.runs]
     failed = sum(run.failure is not None for run in runs)
     if failed:
         console.print(f"{failed} of {len(runs)} runs failed: see above and the report.", highlight=False)
-    console.print(f"Report: {study.out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     return 1 if failed else 0

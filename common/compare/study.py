@@ -2,7 +2,8 @@
 
 A trial is one run of `graft fit`: a recipe, a method, a learning rate and a seed; or one of `graft baseline`: a recipe,
 a predictor that is not trained and a seed. It is described by its command line and its run folder,
-`OUT/<recipe>/<method>/lr-<lr>-seed-<seed>` or `OUT/<recipe>/<baseline>/seed-<seed>`, and by nothing else.
+`RUNS/<recipe>/<method>/lr-<lr>-seed-<seed>` or `RUNS/<recipe>/<baseline>/seed-<seed>`, and by nothing else. RUNS is the
+study's output folder, unless the file says `runs`: two studies with the same `runs` share what they have in common.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from common._yaml import load_yaml
 from common.errors import GraftError, suggest
 
 _STUDY_KEYS = ("title", "question", "recipe", "recipes", "out", "overrides", "methods", "baselines", "seeds")
-_STUDY_KEYS += ("tune_seed", "seed_options")
+_STUDY_KEYS += ("tune_seed", "seed_options", "runs")
 _METHOD_KEYS = ("peft", "lr", "lr_options", "overrides")
 _PEFT_KEYS = ("class_path", "init_args")
 # What the study decides itself, so that an override can never contradict the folder's name.
@@ -93,7 +94,8 @@ class Study:
         question: What the study asks, in one sentence.
         recipes: The paths of the recipes.
         labels: A short name for each recipe, unique within the study.
-        out: The folder of all run folders, tables and the report.
+        out: The folder of tables and the report.
+        runs: The folder of all run folders; `out` as a rule.
         methods: The methods, in the order of the file.
         baselines: The names of the predictors that are not trained.
         overrides: Options of all trials; those of the methods hold them already.
@@ -107,6 +109,7 @@ class Study:
     recipes: tuple[str, ...]
     labels: Mapping[str, str]
     out: Path
+    runs: Path
     methods: tuple[Method, ...]
     baselines: tuple[str, ...]
     overrides: Mapping[str, Any]
@@ -120,7 +123,7 @@ class Study:
         for key in method.lr_options:
             options += [f"--{key}", repr(lr)]
         options += _options(method.overrides)
-        folder = self.out / self.labels[recipe] / method.name / f"lr-{lr!r}-seed-{seed}"
+        folder = self.runs / self.labels[recipe] / method.name / f"lr-{lr!r}-seed-{seed}"
         return Trial(recipe=recipe, method=method.name, lr=lr, seed=seed, folder=folder, options=tuple(options))
 
     def untrained(self) -> list[Trial]:
@@ -131,7 +134,7 @@ class Study:
                 method=name,
                 lr=None,
                 seed=seed,
-                folder=self.out / self.labels[recipe] / name / f"seed-{seed}",
+                folder=self.runs / self.labels[recipe] / name / f"seed-{seed}",
                 options=("baseline", name, "--config", recipe, *self._seeded(seed), *_options(self.overrides)),
             )
             for recipe in self.recipes
@@ -168,7 +171,7 @@ def load_study(path: Path, out: Path | None = None) -> Study:
 
     Args:
         path: The YAML file. Paths inside it are seen from the current folder, as on a command line.
-        out: The folder to write to, in place of the file's own `out`.
+        out: The folder to write to, in place of the file's own `out` and `runs`.
 
     Returns:
         The study.
@@ -187,12 +190,16 @@ def load_study(path: Path, out: Path | None = None) -> Study:
     if len(tune_seed) > 1:
         problems.append(f"tune_seed is {_show(list(tune_seed))}: give one whole number")
     folder = top.get("out", Path("runs", path.stem).as_posix())
+    target = out if out is not None else Path(str(folder))
+    shared_runs = top.get("runs")
     study = Study(
         title=_text(top, "title", problems),
         question=_text(top, "question", problems),
         recipes=recipes,
-        labels=_labels(recipes),
-        out=out if out is not None else Path(str(folder)),
+        labels=label_recipes(recipes),
+        out=target,
+        # With another --out everything goes there, the runs too.
+        runs=Path(shared_runs) if isinstance(shared_runs, str) and out is None else target,
         methods=methods,
         baselines=_baselines(top.get("baselines", []), methods, problems),
         overrides=shared,
@@ -204,6 +211,8 @@ def load_study(path: Path, out: Path | None = None) -> Study:
         problems.append(f"recipes share the folder names {_show(sorted(study.labels.values()))}: rename a recipe")
     if not isinstance(folder, str) or not folder:
         problems.append(f"out is {_show(folder)}: give a folder")
+    if "runs" in top and (not isinstance(shared_runs, str) or not shared_runs):
+        problems.append(f"runs is {_show(shared_runs)}: give a folder")
     if problems:
         raise GraftError(f"Study '{path}' cannot be used:" + "".join(f"\n- {problem}." for problem in problems))
     return study
@@ -268,7 +277,7 @@ def _recipes(top: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
     return tuple(recipes)
 
 
-def _labels(recipes: Sequence[str]) -> dict[str, str]:
+def label_recipes(recipes: Sequence[str]) -> dict[str, str]:
     """Name each recipe by its file, with its folders where two files share a name."""
     stems = Counter(Path(recipe).stem for recipe in recipes)
 

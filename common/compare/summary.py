@@ -1,8 +1,8 @@
 """The results in plain words: no sentence says more than the numbers carry.
 
-Two methods are called apart only when their means differ by more than the spread between seeds: the square root of
-the sum of both sample variances, that is the standard deviation of a difference of two single runs. This is a rule of
-thumb and no test of significance; with a single seed there is no spread, and the summary says so.
+Two methods are called apart only where a paired test over seeds (and test examples, where the runs left their scores)
+says so after Holm's correction; see `statistics`. With a single seed and no scores nothing is known about the spread,
+and the summary says so.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from common.compare.evidence import COSTS, Comparison, Standing, weigh
 from common.compare.results import Row, Run, Spread
-from common.compare.tables import amount, duration, percent, quality
+from common.compare.tables import amount, duration, judged, percent, quality, ranked, share
 
+_LEAST_ECE = 0.01  # smaller differences of calibration are not worth a sentence
 _CHEAP: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("params_trainable", "trains the fewest parameters", amount),
     ("memory_total", "needs the least training memory", lambda value: amount(value, "B")),
@@ -30,74 +32,100 @@ class Summary:
     cautions: tuple[str, ...]
 
 
-def summarise(rows: Sequence[Row], runs: Sequence[Run], *, redrawn: bool = False) -> Summary:
+def summarise(
+    rows: Sequence[Row], runs: Sequence[Run], comparison: Comparison | None = None, *, redrawn: bool = False
+) -> Summary:
     """Word the results of one recipe.
 
     Args:
         rows: Its rows.
         runs: Its runs.
+        comparison: What the tests say of them; made from the rows where it is not given.
         redrawn: Whether each seed has data of its own, so that only runs of one seed must agree on them.
 
     Returns:
         The summary.
     """
+    compared = comparison or weigh(rows)
     results = [(row, row.quality) for row in rows if row.quality is not None]
     known = [(row, spread) for row, spread in results if not row.baseline]
     untrained = [(row, spread) for row, spread in results if row.baseline]
-    if not known:
+    if not known or compared is None:
         headline = "No method gave a result." if untrained else "No run gave a result."
         told = tuple(f"{row.method}, which is not trained, reaches {quality(spread)}." for row, spread in untrained)
         return Summary(headline=headline, findings=told, cautions=tuple(_failures(rows, runs)))
     sign = 1.0 if known[0][0].mode == "max" else -1.0
-    ranked = sorted(known, key=lambda pair: -sign * pair[1].mean)
-    full = next(((row, spread) for row, spread in known if row.full), None)
+    ranked_rows = sorted(known, key=lambda pair: -sign * pair[1].mean)
     trained = [row for row in rows if not row.baseline]
     return Summary(
-        headline=_headline(ranked, untrained, sign),
+        headline=_headline(ranked_rows, untrained, compared, sign),
         findings=(
-            *_untrained(untrained, ranked[0], sign),
-            *(_distances(known, full, sign) if full else ()),
+            *_untrained(untrained, ranked_rows[0], compared, sign),
+            *_distances(known, compared, sign),
+            *_fronts([row for row, _ in known], compared),
             *_cheapest([row for row, _ in known]),
+            *_calibration(known, compared),
         ),
-        cautions=(*_failures(rows, runs), *_tuning(trained), *_chance(ranked, runs), *_sameness(runs, redrawn)),
+        cautions=(
+            *_failures(rows, runs),
+            *_tuning(trained),
+            *_chance(ranked_rows, compared, runs),
+            *_sameness(runs, redrawn),
+        ),
     )
 
 
-def noise(one: Spread, other: Spread) -> float | None:
-    """How far apart two single runs stand by chance of the seed (one standard deviation); None where unknown."""
-    if one.std is None or other.std is None:
-        return None
-    return math.hypot(one.std, other.std)
+def overview(standing: Standing) -> list[str]:
+    """Word what several recipes say together."""
+    lines: list[str] = []
+    ranking = standing.ranking
+    if ranking:
+        first, *rest = ranking.ranks.items()
+        lines.append(
+            f"{first[0]} has the best average rank over {ranking.sets} sets ({first[1]:.2f}), before "
+            f"{_listed([f'{name} ({rank:.2f})' for name, rank in rest])}."
+        )
+        lines += [told for told in (ranked(standing),) if told]
+    for name, own in standing.gaps.items():
+        low, high = min(own.values()), max(own.values())
+        between = share(low) if low == high else f"between {share(low)} and {share(high)}"
+        lines.append(f"{name} lies {between} from full fine-tuning (relative, above 0 is better).")
+    if standing.left_out:
+        lines.append(f"Without a rank, since a set lacks their result: {_listed(standing.left_out)}.")
+    return lines
 
 
-def _headline(ranked: Sequence[tuple[Row, Spread]], untrained: Sequence[tuple[Row, Spread]], sign: float) -> str:
-    (best, top), rest = ranked[0], ranked[1:]
+def _headline(
+    ranked_rows: Sequence[tuple[Row, Spread]],
+    untrained: Sequence[tuple[Row, Spread]],
+    compared: Comparison,
+    sign: float,
+) -> str:
+    (best, top), rest = ranked_rows[0], ranked_rows[1:]
     word = "highest" if best.mode == "max" else "lowest"
     seeds = f"mean of {top.n} seeds" if top.n > 1 else "one seed"
     among = "Of the trained methods, " if untrained else ""
     line = f"{among}{best.method} has the {word} test {best.primary.replace('_', ' ')}: {quality(top)} ({seeds})."
+    near = {method for method, tested in compared.to_best.items() if not tested.apart}
     ahead = [row.method for row, spread in untrained if sign * (spread.mean - top.mean) >= 0]
-    near = [row.method for row, spread in untrained if row.method not in ahead and _within(top, spread)]
-    for words, names in (("does not beat", ahead), ("does not clearly beat", near)):
+    close = [row.method for row, _ in untrained if row.method not in ahead and row.method in near]
+    for words, names in (("does not beat", ahead), ("does not clearly beat", close)):
         line += f" It {words} {_listed(names)}, where nothing is trained." if names else ""
-    level = [f"{row.method} ({spread.mean:.3f})" for row, spread in rest if _within(top, spread)]
+    level = [f"{row.method} ({spread.mean:.3f})" for row, spread in rest if row.method in near]
     if not level:
         return line
     verb = "is" if len(level) == 1 else "are"
-    return f"{line} {_listed(level)} {verb} within the spread of it, so this study does not tell them apart."
+    return f"{line} {_listed(level)} {verb} not told apart from it."
 
 
-def _within(one: Spread, other: Spread) -> bool:
-    chance = noise(one, other)
-    return chance is not None and abs(one.mean - other.mean) <= chance
-
-
-def _untrained(untrained: Sequence[tuple[Row, Spread]], best: tuple[Row, Spread], sign: float) -> list[str]:
+def _untrained(
+    untrained: Sequence[tuple[Row, Spread]], best: tuple[Row, Spread], compared: Comparison, sign: float
+) -> list[str]:
     """Say of each baseline how far the best method is from it."""
     row, top = best
     return [
         f"{baseline.method}, which is not trained, reaches {quality(spread)}: "
-        f"{row.method} {_gap(sign * (top.mean - spread.mean))} it ({_judged(top, spread)})."
+        f"{row.method} {_gap(sign * (top.mean - spread.mean))} it ({judged(compared.to_best.get(baseline.method))})."
         for baseline, spread in untrained
     ]
 
@@ -106,20 +134,17 @@ def _gap(gain: float) -> str:
     return f"is {abs(gain):.3f} {'better' if gain > 0 else 'worse'} than" if round(abs(gain), 3) else "is level with"
 
 
-def _judged(one: Spread, other: Spread) -> str:
-    if noise(one, other) is None:
-        return "spread unknown"
-    return "within the spread" if _within(one, other) else "beyond the spread"
-
-
-def _distances(known: Sequence[tuple[Row, Spread]], full: tuple[Row, Spread], sign: float) -> list[str]:
+def _distances(known: Sequence[tuple[Row, Spread]], compared: Comparison, sign: float) -> list[str]:
     lines: list[str] = []
+    full = next(((row, spread) for row, spread in known if row.method == compared.full), None)
+    if full is None:
+        return lines
     reference, goal = full
     for row, spread in known:
         if row is reference:
             continue
         far = _gap(sign * (spread.mean - goal.mean))
-        line = f"{row.method} {far} {reference.method} ({_judged(spread, goal)})"
+        line = f"{row.method} {far} {reference.method} ({judged(compared.to_full.get(row.method))})"
         shares = [
             f"{percent(100 * row.cost[key] / reference.cost[key])} of its {words}"
             for key, words in (("params_trainable", "trainable parameters"), ("memory_total", "training memory"))
@@ -127,6 +152,33 @@ def _distances(known: Sequence[tuple[Row, Spread]], full: tuple[Row, Spread], si
         ]
         lines.append(f"{line}, with {_listed(shares)}." if shares else f"{line}.")
     return lines
+
+
+def _fronts(rows: Sequence[Row], compared: Comparison) -> list[str]:
+    """Name the methods that are beaten by another at every cost that was measured."""
+    measured = [names for key, _, _ in COSTS if (names := compared.fronts[key])]
+    if len(rows) < 3 or not measured:
+        return []
+    everywhere = [row.method for row in rows if all(row.method in names for names in measured)]
+    nowhere = [row.method for row in rows if not any(row.method in names for names in measured)]
+    lines: list[str] = []
+    if everywhere:
+        lines.append(f"On the Pareto front whatever the cost: {_listed(everywhere)}.")
+    if nowhere:
+        lines.append(f"On no Pareto front, by the means: {_listed(nowhere)}.")
+    return lines
+
+
+def _calibration(known: Sequence[tuple[Row, Spread]], compared: Comparison) -> list[str]:
+    """Compare calibration errors with full fine-tuning's, where runs recorded them."""
+    errors = {row.method: row.test["ece"].mean for row, _ in known if "ece" in row.test}
+    if compared.full not in errors:
+        return []
+    base = errors[compared.full]
+    worse = [f"{m} ({error:.3f})" for m, error in errors.items() if error - base > _LEAST_ECE]
+    better = [f"{m} ({error:.3f})" for m, error in errors.items() if base - error > _LEAST_ECE]
+    lines = [(f"Worse calibrated than {compared.full}", worse), (f"Better calibrated than {compared.full}", better)]
+    return [f"{words} (expected error {base:.3f}): {_listed(names)}." for words, names in lines if names]
 
 
 def _cheapest(rows: Sequence[Row]) -> list[str]:
@@ -163,16 +215,22 @@ def _tuning(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _chance(ranked: Sequence[tuple[Row, Spread]], runs: Sequence[Run]) -> list[str]:
+def _chance(ranked_rows: Sequence[tuple[Row, Spread]], compared: Comparison, runs: Sequence[Run]) -> list[str]:
     lines: list[str] = []
-    single = [row.method for row, spread in ranked if spread.n == 1]
-    if len(single) == len(ranked):
+    single = [row.method for row, spread in ranked_rows if spread.n == 1]
+    if len(single) == len(ranked_rows):
         lines.append(
             "Every method ran with one seed: the spread between seeds is unknown, so small differences mean little."
         )
     elif single:
         lines.append(f"{_listed(single)} ran with one seed only, so its spread is unknown.")
-    row, top = ranked[0]
+    if any(sample.examples for sample in compared.samples.values()):
+        return lines
+    most = max(spread.n for _, spread in ranked_rows)
+    if most > 1:
+        steady = f" With {most} seeds they tell only large and steady differences." if most < 5 else ""
+        lines.append(f"The tests are over seeds alone, not over test examples.{steady}")
+    row, top = ranked_rows[0]
     sizes = {run.metrics.data.get("test") for run in runs if run.metrics}
     size = sizes.pop() if len(sizes) == 1 else None
     if row.primary == "accuracy" and isinstance(size, int) and size > 0 and 0 <= top.mean <= 1:

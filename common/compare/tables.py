@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common.compare.evidence import ALPHA, COSTS, Block, Comparison, Standing, Tested
 from common.compare.results import MEMORY_PARTS, Row, Spread
-from common.compare.study import Study
 
 NOTHING = "–"  # noqa: RUF001 (an en dash, as tables print it)
 _PLAIN_WIDTH = 170
@@ -74,12 +74,28 @@ def percent(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.0f} %" if value >= 9.95 else f"{value:.2g} %"
 
 
-def columns(rows: Sequence[Row], *, every_metric: bool) -> list[Column]:
+def share(gap: float | None) -> str:
+    """Write a relative gap as a signed percentage, as `-1.4 %`."""
+    return NOTHING if gap is None else f"{100 * gap:+.1f} %"
+
+
+def judged(tested: Tested | None) -> str:
+    """Say whether two methods are told apart, as `p 0.003` or `not told apart`."""
+    if tested is None:
+        return "spread unknown"
+    if not tested.apart:
+        return "not told apart"
+    return f"p {tested.p:.2g}" if tested.p >= 1e-4 else "p < 0.0001"
+
+
+def columns(rows: Sequence[Row], comparison: Comparison | None, *, every_metric: bool) -> list[Column]:
     """The columns for people: method, test quality, cost.
 
     Args:
-        rows: The rows of one recipe, or of recipes that share their metrics.
-        every_metric: Whether test metrics beside the primary one have columns too (the loss never has).
+        rows: The rows of one recipe.
+        comparison: What the tests say of them.
+        every_metric: Whether intervals, full fine-tuning as the reference and test metrics beside the primary one have
+            columns too (the loss never has).
 
     Returns:
         The columns, in order.
@@ -89,7 +105,9 @@ def columns(rows: Sequence[Row], *, every_metric: bool) -> list[Column]:
     metrics = [name for name in (primary, *(others if every_metric else ())) if name]
     return [
         Column(title="Method", text=lambda row: row.method, value=lambda row: row.method, words=True),
-        *(_metric(name) for name in metrics),
+        *(_metric(name) for name in metrics[:1]),
+        *(_tests(comparison, every=every_metric) if comparison else ()),
+        *(_metric(name) for name in metrics[1:]),
         Column(title="Seeds", text=lambda row: str(len(row.seeds)), value=lambda row: len(row.seeds)),
         Column(title="Val", text=lambda row: quality(row.val), value=lambda row: row.val.mean if row.val else None),
         Column(title="lr", text=lambda row: f"{row.lr:g}" if row.lr else NOTHING, value=lambda row: row.lr),
@@ -104,60 +122,102 @@ def columns(rows: Sequence[Row], *, every_metric: bool) -> list[Column]:
     ]
 
 
-def print_table(study: Study, rows: Sequence[Row], console: Console) -> None:
+def print_table(title: str, blocks: Sequence[Block], console: Console) -> None:
     """Print one table for each recipe."""
     if not console.is_terminal:  # a log file has no width of its own; 80 columns would cut the table
         console = Console(file=console.file, width=_PLAIN_WIDTH)
-    for recipe in study.recipes:
-        own = [row for row in rows if row.recipe == study.labels[recipe]]
-        shown = columns(own, every_metric=False)
-        table = Table(title=escape(f"{study.title} ({recipe})"), title_justify="left", title_style="bold")
+    for block in blocks:
+        shown = columns(block.rows, block.comparison, every_metric=False)
+        table = Table(title=escape(f"{title} ({_name(block)})"), title_justify="left", title_style="bold")
         for column in shown:
             table.add_column(column.title, justify="left" if column.words else "right")
-        for row in own:
+        for row in block.rows:
             table.add_row(*(column.text(row) for column in shown))
         console.print(table)
 
 
-def write_markdown(study: Study, rows: Sequence[Row], path: Path) -> None:
-    """Write one Markdown table for each recipe, fit for a README."""
-    blocks: list[str] = []
-    for recipe in study.recipes:
-        own = [row for row in rows if row.recipe == study.labels[recipe]]
-        shown = columns(own, every_metric=True)
+def write_markdown(title: str, blocks: Sequence[Block], standing: Standing | None, path: Path) -> None:
+    """Write one Markdown table for each recipe, fit for a README, and one over all of them."""
+    parts: list[str] = []
+    for block in blocks:
+        shown = columns(block.rows, block.comparison, every_metric=True)
         lines = [
-            f"**{study.title}** (`{recipe}`)",
+            f"**{title}** ({_name(block, '`')})",
             "",
-            _line(column.title for column in shown),
+            _line([column.title for column in shown]),
             _line("---" if column.words else "---:" for column in shown),
-            *(_line(column.text(row) for column in shown) for row in own),
+            *(_line(column.text(row) for column in shown) for row in block.rows),
         ]
-        blocks.append("\n".join(lines))
+        parts.append("\n".join(lines))
+    if standing:
+        parts.append("\n".join(_standing(blocks, standing)))
+    path.write_text("\n\n".join([*parts, _note(blocks)]) + "\n", encoding="utf-8")
+
+
+def _note(blocks: Sequence[Block]) -> str:
     note = (
         "Test metrics: mean ± sample standard deviation over the seeds (none for a single seed); learning rates were "
         "chosen on the validation split. Val is the primary metric there. Memory: weights, gradients, optimizer "
         "state and saved activations of a training step."
     )
+    rows = [row for block in blocks for row in block.rows]
+    compared = [block.comparison for block in blocks if block.comparison]
+    over = dict.fromkeys(one.over for found in compared for one in found.intervals.values())
+    if over:
+        note += (
+            f" Intervals: 95 %, bootstrap over {_listed(list(over))}. Two methods are told apart where a test paired "
+            f"in the same way gives p < {ALPHA} after Holm's correction for all comparisons with the same method."
+        )
     untrained = list(dict.fromkeys(row.method for row in rows if row.baseline))
     if untrained:
         note += f" Not trained, and so without costs of training: {', '.join(untrained)}; their Fit is all their time."
-    path.write_text("\n\n".join([*blocks, note]) + "\n", encoding="utf-8")
+    return note
 
 
-def write_csv(rows: Sequence[Row], path: Path) -> None:
+def _standing(blocks: Sequence[Block], standing: Standing) -> list[str]:
+    """Lines of a table of methods by recipes: relative gaps to full fine-tuning, and average ranks."""
+    ranks = standing.ranking.ranks if standing.ranking else {}
+    names = [*ranks, *(name for name in standing.gaps if name not in ranks)]
+    labels = [block.label for block in blocks]
+    lines = [
+        "**Over all of them**: gap to full fine-tuning, relative (above 0 is better)",
+        "",
+        _line(["Method", "Average rank", *labels]),
+        _line(["---", *("---:" for _ in range(len(labels) + 1))]),
+    ]
+    for name in names:
+        rank = f"{ranks[name]:.2f}" if name in ranks else NOTHING
+        lines.append(_line([name, rank, *(share(standing.gaps.get(name, {}).get(label)) for label in labels)]))
+    if standing.ranking and standing.ranking.p is not None and standing.ranking.critical is not None:
+        lines += ["", ranked(standing)]
+    return lines
+
+
+def ranked(standing: Standing) -> str:
+    """Say what the ranks prove."""
+    ranking = standing.ranking
+    if ranking is None or ranking.p is None or ranking.critical is None:
+        return ""
+    return (
+        f"Ranks over {ranking.sets} sets: Friedman's test that all methods are alike gives p = {ranking.p:.2g}; "
+        f"average ranks less than {ranking.critical:.2f} apart are not told apart (Nemenyi, 5 %)."
+    )
+
+
+def write_csv(blocks: Sequence[Block], path: Path) -> None:
     """Write one line for each recipe and method, in plain units (bytes, seconds).
 
     What is unknown is left empty, as is what does not apply to a baseline.
     """
-    metrics = list(dict.fromkeys(name for row in rows for name in row.test))
-    records = [_record(row, metrics) for row in rows]
+    metrics = list(dict.fromkeys(name for block in blocks for row in block.rows for name in row.test))
+    records = [_record(row, metrics) | _proof(row, block.comparison) for block in blocks for row in block.rows]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(records[0]))
         writer.writeheader()
         writer.writerows(records)
 
 
-def _record(row: Row, metrics: Sequence[str]) -> Mapping[str, object]:
+def _record(row: Row, metrics: Sequence[str]) -> dict[str, object]:
     record: dict[str, object] = {
         "recipe": row.recipe,
         "method": row.method,
@@ -177,6 +237,60 @@ def _record(row: Row, metrics: Sequence[str]) -> Mapping[str, object]:
     return record | {name: row.cost.get(name) for name in _COSTS}
 
 
+def _proof(row: Row, comparison: Comparison | None) -> dict[str, object]:
+    """What the tests say of one row."""
+    found = comparison.intervals.get(row.method) if comparison else None
+    to_best = comparison.to_best.get(row.method) if comparison else None
+    to_full = comparison.to_full.get(row.method) if comparison else None
+    fronts = [key for key, _, _ in COSTS if comparison and row.method in comparison.fronts[key]]
+    return {
+        "test_primary_low": found.low if found else None,
+        "test_primary_high": found.high if found else None,
+        "resampled": found.over if found else None,
+        "best": comparison is not None and row.method == comparison.best,
+        "difference_to_best": to_best.difference.value if to_best else None,
+        "p_to_best": to_best.p if to_best else None,
+        "difference_to_full": to_full.difference.value if to_full else None,
+        "difference_to_full_low": to_full.difference.low if to_full else None,
+        "difference_to_full_high": to_full.difference.high if to_full else None,
+        "p_to_full": to_full.p if to_full else None,
+        "p_to_full_permutation": to_full.permutation if to_full else None,
+        "relative_gap_to_full": comparison.gaps.get(row.method) if comparison else None,
+        "pareto": " ".join(fronts),
+    }
+
+
+def _tests(comparison: Comparison, *, every: bool) -> list[Column]:
+    """The columns of what the tests say."""
+
+    def bounds(row: Row) -> str:
+        found = comparison.intervals.get(row.method)
+        return f"{found.low:.3f} to {found.high:.3f}" if found else NOTHING
+
+    def against(row: Row, other: str, tests: Mapping[str, Tested], word: str) -> str:
+        if row.method not in comparison.means or not other:
+            return NOTHING
+        return word if row.method == other else judged(tests.get(row.method))
+
+    def to_best(row: Row) -> str:
+        return against(row, comparison.best, comparison.to_best, "best")
+
+    def to_full(row: Row) -> str:
+        told = against(row, comparison.full, comparison.to_full, "the reference")
+        gap = comparison.gaps.get(row.method)
+        return told if gap is None else f"{share(gap)}, {told}"
+
+    def low(row: Row) -> float | None:
+        found = comparison.intervals.get(row.method)
+        return found.low if found else None
+
+    best = Column(title="Against the best", text=to_best, value=to_best, words=True)
+    if not every:
+        return [best]
+    full = Column(title="Against full", text=to_full, value=lambda row: comparison.gaps.get(row.method), words=True)
+    return [Column(title="95 % interval", text=bounds, value=low), best, *([full] if comparison.full else [])]
+
+
 def _metric(name: str) -> Column:
     def value(row: Row) -> float | None:
         return row.test[name].mean if name in row.test else None
@@ -194,3 +308,13 @@ def _failures() -> Column:
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _name(block: Block, quote: str = "") -> str:
+    """Name a block by its recipe, and by its label where that says more."""
+    told = f"{quote}{block.recipe}{quote}"
+    return told if block.label in block.recipe.replace("/", "-") else f"{told}, {block.label}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

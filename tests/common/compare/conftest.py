@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from common.compare import compare
+from common.compare import Method, Study, Trial, compare
+from common.compare.evidence import Block, make_blocks
+from common.compare.results import Metrics, Run
 
 FAKE = Path(__file__).with_name("fake_graft.py")
 # On validation 1e-3 is the best rate for LoRA and 5e-5 for full fine-tuning.
@@ -82,6 +86,96 @@ class World:
     def forget(self) -> None:
         """Forget the calls so far."""
         (self.folder / "calls.jsonl").unlink()
+
+
+class Fabric:
+    """Makes results of studies that never ran: run folders with rows of predictions, and what is made of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def block(
+        self,
+        label: str,
+        results: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
+        *,
+        baselines: Sequence[str] = (),
+        costs: Mapping[str, Mapping[str, float]] | None = None,
+        extra: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+        val: Mapping[str, float] | None = None,
+        metric: str = "score",
+        mode: str = "max",
+        domain: str = "vision",
+        redrawn: bool = False,
+    ) -> Block:
+        """Make the results of one recipe.
+
+        Args:
+            label: The recipe's label.
+            results: By method one number a seed, or one list of examples' scores a seed, whose mean is the number.
+            baselines: Which of them are baselines.
+            costs: By method what metrics.json says under cost.
+            extra: By further test metric and method one number a seed.
+            val: By method the number on the validation split; the first seed's on the test split by default.
+            metric: The metric that decides.
+            mode: Whether more of it is better.
+            domain: The domain.
+            redrawn: Whether examples have other names for each seed.
+        """
+        runs = list[Run]()
+        for name, values in results.items():
+            for seed, value in enumerate(values):
+                number = float(np.mean(value))
+                test = {metric: number} | {key: own[name][seed] for key, own in (extra or {}).items() if name in own}
+                metrics = Metrics(
+                    fitted=True,
+                    primary=metric,
+                    mode="max" if mode == "max" else "min",
+                    val={metric: (val or {}).get(name, float(np.mean(values[0])))},
+                    test=test,
+                    cost={"fit_seconds": 1.0, **(costs or {}).get(name, {})},
+                    data={"digest": f"d{seed if redrawn else 0}", "test": np.size(value)},
+                    environment={},
+                    backbone="b",
+                    domain=domain,
+                )
+                folder = self.folder / label / name / f"lr-0.001-seed-{seed}"
+                folder.mkdir(parents=True)
+                if not isinstance(value, int | float):
+                    start = seed if redrawn else 0
+                    rows = [{"id": f"{start}-{place}", metric: float(one)} for place, one in enumerate(value)]
+                    (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                lr = None if name in baselines else 1e-3
+                trial = Trial(recipe=label, method=name, lr=lr, seed=seed, folder=folder, options=())
+                runs.append(Run(trial=trial, metrics=metrics, chosen=True, failure=None))
+        return make_blocks(self.study(label, results, baselines), runs)[0]
+
+    def study(self, label: str, results: Mapping[str, Sequence[object]], baselines: Sequence[str] = ()) -> Study:
+        """Describe the study that would have made them."""
+        return Study(
+            title=label,
+            question="?",
+            recipes=(label,),
+            labels={label: label},
+            out=self.folder,
+            runs=self.folder,
+            methods=tuple(
+                Method(name=name, peft={"class_path": name}, lrs=(1e-3,), lr_options=("model.optim.lr",), overrides={})
+                for name in results
+                if name not in baselines
+            ),
+            baselines=tuple(baselines),
+            overrides={},
+            seeds=tuple(range(max(len(values) for values in results.values()))),
+            tune_seed=0,
+            seed_options=(),
+        )
+
+
+@pytest.fixture
+def fabric(tmp_path: Path) -> Fabric:
+    """A maker of results."""
+    return Fabric(tmp_path)
 
 
 @pytest.fixture

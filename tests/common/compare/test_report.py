@@ -94,7 +94,7 @@ def test_the_report_shows_methods_tuning_commands_pictures_and_failures(report):
     ):
         assert words in page.text
     assert "graft test --run runs/small/recipe/LoRA/lr-0.0003-seed-0" not in page.text
-    assert page.tags.count("svg") == 2
+    assert page.tags.count("svg") == 5  # one for each cost
     assert page.tags.count("img") >= 4
     assert all(f"{part} " in report for part in ("weights", "gradients", "optimizer", "activations"))
 
@@ -118,16 +118,19 @@ def test_baselines_are_lines_in_the_plots_and_rows_in_the_table(world):
     assert world.run() == 0
     page = Page((world.out / "report.html").read_text())
     assert (
-        page.text.count("Lines across: Majority: test accuracy 0.200, not trained; Nearest: test accuracy 0.520") == 2
+        page.text.count("Lines across: Majority: test accuracy 0.200, not trained; Nearest: test accuracy 0.520") == 5
     )
-    assert page.text.count("Dotted across: not trained.") == 2
+    assert page.text.count("Dotted across: not trained.") == 5
     assert "On the Pareto front: LoRA, FullFineTune." in page.text
     assert "Not trained: Majority, Nearest; their Fit is all their time." in page.text
     assert "backbone vit-small-patch14-focus" in page.text
     assert "graft baseline Majority --config recipe.yaml" in page.text
     assert "graft test --run runs/small/recipe/Majority" not in page.text
     # Bars of memory and lists of learning rates are for what trains.
-    assert page.text.count("Majority") == page.text.count("Nearest")
+    report = (world.out / "report.html").read_text()
+    assert report.count("<span>LoRA</span>") == 2
+    assert "<span>Nearest</span>" not in report
+    assert "It does not clearly beat Nearest, where nothing is trained." in page.text
     assert "Of the trained methods, FullFineTune has the highest" in page.text
 
 
@@ -157,7 +160,7 @@ def test_pictures_of_the_methods_stand_side_by_side_with_their_scores(world):
 
 def test_the_front_holds_what_nothing_beats():
     def point(name, cost, quality):
-        return Point(name=name, cost=cost, quality=quality, spread=None)
+        return Point(name=name, cost=cost, quality=quality, reach=None)
 
     points = [point("a", 1, 0.5), point("b", 2, 0.4), point("c", 2, 0.6), point("d", 9, 0.6), point("e", 5, 0.9)]
     assert [p.name for p in front(points, more_is_better=True)] == ["a", "c", "e"]
@@ -167,7 +170,7 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_a_plot_says_in_words_what_it_shows_and_draws_one_point_too():
-    points = [Point(name="On<ly", cost=1e6, quality=0.5, spread=None)]
+    points = [Point(name="On<ly", cost=1e6, quality=0.5, reach=None)]
     svg = pareto_svg(points, ident="p", title="T & t", cost_label="cost", quality_label="q", more_is_better=True)
     page = Page(svg)
     assert "T & t" in page.text
@@ -178,7 +181,7 @@ def test_a_plot_says_in_words_what_it_shows_and_draws_one_point_too():
 
 
 def test_labels_of_crowded_points_do_not_cover_each_other():
-    points = [Point(name=f"Method{index}", cost=100.0, quality=0.5, spread=0.01) for index in range(4)]
+    points = [Point(name=f"Method{index}", cost=100.0, quality=0.5, reach=(0.49, 0.51)) for index in range(4)]
     svg = pareto_svg(points, ident="p", title="t", cost_label="c", quality_label="q", more_is_better=True)
     heights = sorted(map(float, re.findall(r'<text[^>]* y="([-\d.]+)"[^>]*>Method\d<', svg)))
     assert len(heights) == 4
@@ -186,7 +189,7 @@ def test_labels_of_crowded_points_do_not_cover_each_other():
 
 
 def test_a_line_across_widens_the_plot_to_its_height():
-    points = [Point(name="A", cost=10.0, quality=0.9, spread=None)]
+    points = [Point(name="A", cost=10.0, quality=0.9, reach=None)]
     settings = {"ident": "p", "title": "t", "cost_label": "c", "quality_label": "q", "more_is_better": True}
     svg = pareto_svg(points, levels=[("Chance", 0.1)], **settings)
     assert "Lines across: Chance: q 0.100, not trained." in Page(svg).text

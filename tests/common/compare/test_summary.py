@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from common.compare.results import Metrics, Row, Run, Spread
 from common.compare.study import Trial
-from common.compare.summary import noise, summarise
+from common.compare.summary import summarise
 
 
 def row(method, values, cost=(100, 10.0), grid=(1e-4, 1e-3, 1e-2), mode="max"):
@@ -32,30 +33,45 @@ def row(method, values, cost=(100, 10.0), grid=(1e-4, 1e-3, 1e-2), mode="max"):
 
 
 FULL = row("Full", [0.70, 0.72, 0.74], cost=(1000, 40.0))
+NEAR, FAR = row("Near", [0.73, 0.69, 0.71]), row("Far", [0.59, 0.60, 0.63])
 
 
-def test_a_gap_smaller_than_the_spread_is_called_so():
-    near, far = row("Near", [0.69, 0.71, 0.73]), row("Far", [0.59, 0.60, 0.61])
-    summary = summarise([near, far, FULL], [])
-    assert summary.headline.startswith("Full has the highest test accuracy: 0.720 ± 0.020 (mean of 3 seeds).")
-    assert "Near (0.710) is within the spread of it" in summary.headline
-    assert "Far" not in summary.headline
+def test_what_a_paired_test_does_not_tell_apart_is_called_so():
+    summary = summarise([NEAR, FAR, FULL], [])
+    assert summary.headline == (
+        "Full has the highest test accuracy: 0.720 ± 0.020 (mean of 3 seeds). Near (0.710) is not told apart from it."
+    )
     assert (
-        "Near is 0.010 worse than Full (within the spread), with 10 % of its trainable parameters and 25 %"
+        "Near is 0.010 worse than Full (not told apart), with 10 % of its trainable parameters and 25 %"
         in (summary.findings[0])
     )
-    assert "Far is 0.120 worse than Full (beyond the spread)" in summary.findings[1]
+    # Two comparisons with the same method: Holm doubles the smaller p.
+    p = stats.ttest_rel([0.59, 0.60, 0.63], [0.70, 0.72, 0.74]).pvalue
+    assert f"Far is 0.113 worse than Full (p {2 * p:.2g})" in summary.findings[1]
+    assert any("The tests are over seeds alone" in line for line in summary.cautions)
 
 
-def test_noise_is_the_deviation_of_a_difference():
-    assert noise(Spread.of([1, 3]), Spread.of([0, 4])) == pytest.approx(math.sqrt(2 + 8))
-    assert noise(Spread.of([1]), Spread.of([0, 4])) is None
+def test_calibration_is_told_where_runs_recorded_it():
+    def calibrated(base, ece):
+        return replace(base, test={**base.test, "ece": Spread.of([ece])})
+
+    findings = summarise([calibrated(NEAR, 0.3), calibrated(FAR, 0.01), calibrated(FULL, 0.05)], []).findings
+    assert "Worse calibrated than Full (expected error 0.050): Near (0.300)." in findings
+    assert "Better calibrated than Full (expected error 0.050): Far (0.010)." in findings
+    assert not any("calibrated" in line for line in summarise([NEAR, FAR, FULL], []).findings)
+
+
+def test_who_is_on_every_front_and_who_on_none():
+    cheap, beaten = row("Cheap", [0.6, 0.6, 0.61], cost=(1, 1.0)), row("Beaten", [0.5, 0.5, 0.51], cost=(900, 39.0))
+    findings = summarise([cheap, beaten, FULL], []).findings
+    assert "On the Pareto front whatever the cost: Cheap and Full." in findings
+    assert "On no Pareto front, by the means: Beaten." in findings
 
 
 def test_less_is_better_turns_the_words():
     summary = summarise([row("A", [0.2, 0.21], mode="min"), replace(row("Full", [0.4, 0.41]), mode="min")], [])
     assert summary.headline.startswith("A has the lowest test accuracy")
-    assert "A is 0.200 better than Full (beyond the spread)" in summary.findings[0]
+    assert "A is 0.200 better than Full (p < 0.0001)" in summary.findings[0]
 
 
 def test_one_seed_claims_no_spread():
@@ -98,15 +114,16 @@ def untrained(method, values, mode="max"):
 def test_a_baseline_is_no_method_that_trains():
     cheap = row("Cheap", [0.60, 0.62, 0.64], cost=(5, 10.0))
     summary = summarise([untrained("Nearest", [0.5, 0.5, 0.5]), cheap, FULL], [])
+    p = stats.ttest_1samp([0.20, 0.22, 0.24], 0).pvalue  # the larger of two is not corrected
     assert summary.headline.startswith("Of the trained methods, Full has the highest test accuracy: 0.720 ± 0.020")
     assert "Nearest" not in summary.headline
     assert summary.findings == (
-        "Nearest, which is not trained, reaches 0.500 ± 0.000: Full is 0.220 better than it (beyond the spread).",
-        "Cheap is 0.100 worse than Full (beyond the spread), with 0.5 % of its trainable parameters and 25 % of its "
+        f"Nearest, which is not trained, reaches 0.500 ± 0.000: Full is 0.220 better than it (p {p:.2g}).",
+        "Cheap is 0.100 worse than Full (p < 0.0001), with 0.5 % of its trainable parameters and 25 % of its "
         "training memory.",
         "Cheap trains the fewest parameters (5) and needs the least training memory (10 B).",
     )
-    assert summary.cautions == ()
+    assert len(summary.cautions) == 1  # what the tests are over
 
 
 @pytest.mark.parametrize(
