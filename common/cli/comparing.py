@@ -1,24 +1,105 @@
-"""`graft compare`: run a study of methods and report it."""
+"""`graft compare`: run a study of methods, from a file or from the command line, and report it."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common.domain import Domain
+from common.errors import GraftError, unknown
+
+_COUNTS, _SHARES = ("shots", "labelled"), ("share",)
 
 
 def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this file's verbs."""
-    parser = verbs.add_parser("compare", help="run a study of methods, and write its table and report")
-    parser.add_argument("study", type=Path, help="a study file, such as configs/demo.yaml")
+    from common.compare.rates import RATES, rates_of
+
+    grids = "; ".join(f"{name} {_numbers(rates_of(name))}" for name in RATES)
+    parser = verbs.add_parser(
+        "compare",
+        help="compare methods by a study file, or on recipes, and write table and report",
+        epilog=f"Learning rates on offer by default: {grids}; all others {_numbers(rates_of(''))}.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="one study file, or recipes with --methods")
+    parser.add_argument("--methods", help="methods to compare on the recipes, as LoRA,BitFit,FullFineTune")
+    parser.add_argument("--seeds", type=int, help="seeds of the final runs (default: 3)")
+    parser.add_argument("--rates", action="append", help="learning rates of all methods, or as LoRA=1e-4,1e-3 of one")
+    parser.add_argument("--shots", help="amounts of training data, as 1,5,10,50%%,all")
+    parser.add_argument("--set", action="append", metavar="OPTION=VALUE", help="option of graft fit, for all runs")
     parser.add_argument("--out", type=Path, help="folder for runs, table and report (default: the study's own)")
     parser.add_argument("--jobs", type=int, help="trials at a time (default: half the cores)")
     parser.set_defaults(handler=_compare)
 
 
-def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
-    from common.compare import compare
+def _numbers(rates: tuple[float, ...]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
-    return compare(args.study, args.out, args.jobs)
+
+def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from common.compare import compare, run_studies
+    from common.compare.expand import expand
+
+    if args.methods is None:
+        given = [f"--{name}" for name in ("seeds", "rates", "shots", "set") if getattr(args, name) is not None]
+        if given:
+            raise GraftError(f"{', '.join(given)} without --methods. A study file says these itself.")
+        if len(args.paths) > 1:
+            raise GraftError("Several files without --methods. Give one study file, or recipes and --methods.")
+        return compare(Path(args.paths[0]), args.out, args.jobs)
+    studies = expand(_request(args), lambda name: _shots_of(name, domains))
+    return run_studies(studies, args.jobs)[0]
+
+
+def _request(args: argparse.Namespace) -> Any:  # noqa: ANN401 (importing its type here would slow every verb)
+    from common.compare.expand import Request, parse_rates
+    from common.methods import METHODS
+
+    methods = [name.strip() for name in args.methods.split(",") if name.strip()]
+    for name in methods:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+    if not methods or len(set(methods)) < len(methods):
+        raise GraftError(f"--methods {args.methods} names a method twice or none. Name each once, as LoRA,BitFit.")
+    overrides: dict[str, str] = {}
+    for text in args.set or ():
+        option, sign, value = text.partition("=")
+        if not option or not sign or option.startswith("-"):
+            raise GraftError(f"--set {text} is not understood. Write it as trainer.max_epochs=2.")
+        overrides[option] = value
+    return Request(
+        recipes=args.paths,
+        methods=methods,
+        seeds=3 if args.seeds is None else args.seeds,
+        rates=parse_rates(args.rates or (), methods),
+        shots=[one.strip() for one in args.shots.split(",")] if args.shots else (),
+        overrides=overrides,
+        out=args.out or Path("runs") / "compare",
+    )
+
+
+def _shots_of(name: str, domains: Mapping[str, Domain]) -> Any:  # noqa: ANN401
+    """Look which options a datamodule, or a class that it is derived from, has for less training data."""
+    from common.compare.expand import Shots
+
+    parameters: dict[str, inspect.Parameter] = {}
+    for one in inspect.getmro(_datamodule(name, domains)):
+        if "__init__" in vars(one):
+            parameters = {**inspect.signature(one).parameters, **parameters}
+    counts = next((option for option in _COUNTS if option in parameters), "")
+    shares = next((option for option in _SHARES if option in parameters), "")
+    return Shots(counts=counts, shares=shares, whole=bool(counts) and parameters[counts].default is None)
+
+
+def _datamodule(name: str, domains: Mapping[str, Domain]) -> type[Any]:
+    module, _, plain = name.rpartition(".")
+    for domain in domains.values():
+        if not module and plain in domain.data:
+            module = domain.data[plain]
+    if not module:
+        raise unknown("datamodule", name, [known for domain in domains.values() for known in domain.data])
+    return getattr(importlib.import_module(module), plain)

@@ -1,0 +1,72 @@
+"""`graft compare` on recipes: what the options become, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from common.cli import comparing, run
+from common.compare.expand import Shots
+from common.domain import Domain
+
+FEWER = """
+class Base:
+    def __init__(self, shots=None, seed=0): ...
+class Toys(Base):
+    def __init__(self, size=3, **kwargs): ...
+class Slices:
+    def __init__(self, labelled=4): ...
+class Whole:
+    pass
+"""
+DOMAINS = {"toy": Domain(name="toy", summary="", data={name: "fewer" for name in ("Toys", "Slices", "Whole")})}
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Notes the studies that would have run."""
+    found = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("fewer.py").write_text(FEWER)
+    Path("a.yaml").write_text("model: {class_path: M}\ndata: {class_path: Toys}\n")
+    monkeypatch.setattr("common.compare.run_studies", lambda studies, jobs: (found.extend(studies), (0, []))[1])
+    return found
+
+
+def test_options_become_studies(started):
+    words = (
+        "compare a.yaml --methods LoRA,BitFit --seeds 2 --rates 1e-3 --shots 1,all --set trainer.max_epochs=2 --out o"
+    )
+    assert run(words.split(), DOMAINS) == 0
+    first, second = started
+    assert [method.name for method in first.methods] == ["LoRA", "BitFit"]
+    assert (first.seeds, first.methods[0].lrs, first.out) == ((0, 1), (1e-3,), Path("o"))
+    assert first.overrides == {"trainer.max_epochs": "2", "data.shots": 1}
+    assert second.overrides["data.shots"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Toys", Shots(counts="shots", whole=True)), ("Slices", Shots(counts="labelled")), ("fewer.Whole", Shots())],
+)
+def test_the_datas_own_option_is_found_in_its_class_or_its_bases(started, name, expected):
+    assert comparing._shots_of(name, DOMAINS) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("a.yaml b.yaml", "Several files without --methods"),
+        ("a.yaml --seeds 2 --shots 1", "--seeds, --shots without --methods"),
+        ("a.yaml --methods Lora", "Unknown method 'Lora'. Did you mean 'LoRA'?"),
+        ("a.yaml --methods LoRA,LoRA", "names a method twice or none"),
+        ("a.yaml --methods LoRA --set epochs", "--set epochs is not understood"),
+        ("b.yaml --methods LoRA", "No such recipe: b.yaml"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(started, capsys, words, told):
+    assert run(["compare", *words.split()], DOMAINS) == 2
+    assert told in capsys.readouterr().err
+    assert not started
