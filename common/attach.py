@@ -95,6 +95,7 @@ def attach(
     model = backbone
     if plan.peft_config is not None:
         model = _wrap(backbone, plan.peft_config, seed)
+        spec.after_attach(model)
     trainable = _trainable_by_role(model, plan, roles)
     by_role = {role: (totals.get(role, 0), trainable.get(role, 0)) for role in {**totals, **trainable}}
     return Attached(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -16,52 +16,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import MetricCollection
 
 from common import checkpoint as ckpt
+from common._optim import OptimSpec
 from common.attach import Attached, attach, probe
 from common.errors import GraftError
 from common.frozen import FrozenPrefix, FrozenRows
 from common.loading import StatefulLoader, mix_seed
 from common.methods import MethodSpec
 from common.roles import Family
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimSpec:
-    """AdamW (arXiv 1711.05101) with warm-up and cosine decay.
-
-    Args:
-        lr: Peak learning rate of the backbone's trained parameters (adapters, biases, whole layers).
-        head_lr: Peak learning rate of the head; None takes `lr`.
-        weight_decay: Decoupled weight decay; vectors (biases, norms, scales) are never decayed.
-        warmup: Share of all steps over which the rate rises from zero.
-        schedule: `cosine` to zero after the warm-up, or `constant`.
-        layer_decay: Factor by which the rate falls per block from the output to the input (arXiv 2003.10555); 1 is off.
-    """
-
-    lr: float = 1e-3
-    head_lr: float | None = None
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    schedule: Literal["cosine", "constant"] = "cosine"
-    layer_decay: float = 1.0
-
-    def check(self) -> None:
-        """Raise one `GraftError` that names every value out of range."""
-        rates = {"lr": self.lr, "head_lr": self.head_lr}
-        problems = [f"{name} is {rate}" for name, rate in rates.items() if rate is not None and rate <= 0]
-        problems += [f"weight_decay is {self.weight_decay}"] if self.weight_decay < 0 else []
-        problems += [f"warmup is {self.warmup} (a share in [0, 1))"] if not 0 <= self.warmup < 1 else []
-        problems += [f"layer_decay is {self.layer_decay} (in (0, 1])"] if not 0 < self.layer_decay <= 1 else []
-        if problems:
-            raise GraftError(f"optim: {'; '.join(problems)}; rates must be above 0. Mend the recipe's 'optim'.")
-
-    def factor(self, step: int, total: int) -> float:
-        """Return the schedule's factor at an optimizer step, 0-based, out of `total`."""
-        warm = round(self.warmup * total)
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        if self.schedule == "constant":
-            return 1.0
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +70,8 @@ class AdaptedTask(L.LightningModule):
         self.attached: Attached
         self._expected_state: set[str] = set()
         self.backbone_name = ""
+        self.method_memory: dict[str, Tensor] = {}  # what the method keeps from step to step
+        self.steps = 0  # of the whole fit
         self.frozen_rows: FrozenRows | None = None  # in a trainer's hands, where `frozen_prefix` names something
 
     # ---- slots --------------------------------------------------------------------------------------------------
@@ -282,6 +245,8 @@ class AdaptedTask(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
         """Compute the loss of one batch."""
         loss = self.compute_loss(batch)
+        penalty = self.peft.penalty(self.backbone)
+        loss = loss if penalty is None else loss + penalty
         self.log("train_loss", loss, prog_bar=True, batch_size=len(batch[0]))
         return loss
 
@@ -307,22 +272,29 @@ class AdaptedTask(L.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """Build AdamW over the groups and its schedule."""
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.optim.lr)
-        total = self._total_steps()
+        total = self.steps = self._total_steps()
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.optim.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Take the step, then let the method act while the gradients stand."""
+        super().optimizer_step(*args, **kwargs)
+        self.peft.after_step(self.backbone, self.method_memory, self.trainer.global_step + 1, self.steps)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Group the trainable parameters by learning rate and weight decay.
 
-        The head has its own rate and depth lowers the backbone's. Vectors are not decayed, nor are the backbone's
-        matrices of one row or column (scales of additive methods, whose neutral value is one; class tokens).
+        The head has its own rate, depth lowers the backbone's and the method may raise some of its own. Vectors are not
+        decayed, nor are the backbone's matrices of one row or column (scales of additive methods, whose neutral value
+        is one; class tokens).
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         head_lr = self.optim.head_lr if self.optim.head_lr is not None else self.optim.lr
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rate = self.optim.lr * self._depth_factor(name) if name.startswith("backbone.") else head_lr
+            own = self.optim.lr * self._depth_factor(name) * self.peft.rate_factor(name)
+            rate = own if name.startswith("backbone.") else head_lr
             axes = parameter.squeeze().ndim if name.startswith("backbone.") else parameter.ndim
             decay = self.optim.weight_decay if axes > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
@@ -399,6 +371,8 @@ class AdaptedTask(L.LightningModule):
         keys = self._expected_state
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in keys}
         checkpoint["graft"] = {**self.identity(), "data": self._data_identity()}
+        if self.method_memory:
+            checkpoint["method_memory"] = self.method_memory
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another backbone, method or configuration.
@@ -413,6 +387,7 @@ class AdaptedTask(L.LightningModule):
                 f"This checkpoint belongs to another run: {'; '.join(wrong)}. Use that run's configuration."
             )
         ckpt.check_state(checkpoint["state_dict"], self, self._expected_state)
+        self.method_memory = checkpoint.get("method_memory", {})
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._check_loader(checkpoint["loops"]["fit_loop"]["state_dict"])
 

@@ -39,6 +39,7 @@ def _block(method, **settings):
 
 SMALL = {
     "LoRA": {"rank": 2},
+    "AdaLoRA": {"rank": 2, "start_rank": 3},
     "LoHa": {"rank": 2},
     "LoKr": {"rank": 2},
     "HiRA": {"rank": 2},

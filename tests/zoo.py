@@ -26,6 +26,7 @@ FAMILY = Family(
 _FFN = {"on": ["ffn"]}  # its linear layers, 4 -> 8 -> 5
 SMALL = {
     "LoRA": {"rank": 2},
+    "AdaLoRA": {"rank": 2, "start_rank": 3, **_FFN},
     "LoHa": {"rank": 2},
     "LoKr": {"rank": 2},
     "HiRA": {"rank": 2},
@@ -36,7 +37,7 @@ SMALL = {
     "DEFT": {"rank": 2},
     "PEANuT": {"rank": 2, **_FFN},
     "OFT": {"block": 4},
-    "BOFT": {"block": 4, "target_modules": ["blocks.0.point", "blocks.1.up", "fc1", "blocks.0.copied"]},
+    "BOFT": {"block": 4, "target_modules": ["blocks.0.down", "blocks.0.point", "blocks.1.up", "fc1"]},
     "HRA": {"rank": 2},
     "PSOFT": {"rank": 3},
     "RoAd": {"group": 8, "target_modules": ["fc1"]},

@@ -14,7 +14,7 @@ from common.errors import GraftError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from torch import nn
+    from torch import Tensor, nn
 
     from common.roles import RoleMap
 
@@ -64,6 +64,26 @@ class MethodSpec:
             roles: Its roles, or None for an architecture without a family.
         """
         raise NotImplementedError
+
+    def after_attach(self, model: nn.Module) -> None:
+        """Change the model once it is wrapped, such as freeze a part of the adapter."""
+
+    def rate_factor(self, name: str) -> float:
+        """Return the factor on the learning rate of a trained parameter of the backbone, by its name."""
+        return 1.0
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return a scalar to add to the training loss, or None."""
+
+    def after_step(self, model: nn.Module, memory: dict[str, Tensor], step: int, steps: int) -> None:
+        """Act behind an optimizer step, while its gradients stand.
+
+        Args:
+            model: The adapted backbone.
+            memory: What the method keeps between steps; a checkpoint holds it, so that a run resumes exactly.
+            step: Steps taken, this one included.
+            steps: Steps of the whole fit.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Return the spec as the `class_path` / `init_args` mapping of a recipe."""

@@ -5,9 +5,26 @@ A new method is one entry in its family's file; `test_every_method_has_a_case` f
 
 from __future__ import annotations
 
+import pytest
+
+from common.methods import METHODS
 from tests.cases import additive, hybrid, reparameterised, selective
 from tests.cases._case import Case
 
 CASES: dict[str, Case] = {**selective.CASES, **additive.CASES, **reparameterised.CASES, **hybrid.CASES}
 
-__all__ = ["CASES", "Case"]
+# Methods of linear layers alone: a network of convolutions refuses them.
+LINEAR_ONLY = tuple(name for name, spec in METHODS.items() if getattr(spec, "acts_on", ()) == ("Linear",))
+# Methods that differ from LoRA by their formula and act on the same layers.
+ALIKE = {name for name in reparameterised.CASES if name in METHODS} - {"LoRA", "VeRA"}
+
+
+def on_networks(networks, first, methods=METHODS):
+    """Every method on every network; those alike see the first networks only, and all of them with `--slow`."""
+    for key in networks:
+        for method in methods:
+            slow = method in ALIKE and key not in first
+            yield pytest.param(key, method, marks=[pytest.mark.slow] if slow else [], id=f"{key}-{method}")
+
+
+__all__ = ["ALIKE", "CASES", "LINEAR_ONLY", "Case", "on_networks"]

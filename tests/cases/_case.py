@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from common.methods import MethodSpec
@@ -41,6 +42,13 @@ class Case:
     starts_elsewhere: bool = False
     reason: str = "no change of their weights"
     moves_weight: bool = False
+
+    def check_start(self, output: torch.Tensor, bare: torch.Tensor) -> None:
+        """Compare a fresh method's output with the bare network's, up to rounding."""
+        if self.starts_elsewhere:
+            assert not torch.equal(output, bare)
+        else:
+            torch.testing.assert_close(output, bare, atol=1e-5, rtol=1e-5)
 
     def count(self, spec: MethodSpec, model: nn.Module, targets: dict[str, str]) -> int:
         """Return the number of trainable parameters that the method documents, on the bare model."""

@@ -9,7 +9,11 @@ from tests.cases._case import Case, both, matrix, toy, zoo
 
 def _lora(spec, layer, role):
     rows, columns = matrix(layer)
-    return min(spec.rank, rows, columns) * (rows + columns) + rows * spec.dora
+    return min(spec.rank, rows, columns) * (rows + columns * (not spec.freeze_a)) + rows * spec.dora
+
+
+def _adalora(spec, layer, role):
+    return spec.start_rank * (_sides(layer) + 1)
 
 
 def _sides(layer):
@@ -155,6 +159,9 @@ CASES = {
     "LoRA-thin": _variant(None, {"rank": 6, "dora": True, "init": "gaussian", "on": ["stem", "all"]}),
     "LoRA-peft": _variant(None, {"target_modules": _LINEAR}),
     "LoRA-peft-thin": _variant(None, {"rank": 9, "target_modules": _LINEAR, "dropout": 0.1}),
+    "LoRA-plus": _variant({"b_rate": 16.0}),
+    "LoRA-fa": _variant({"freeze_a": True, "on": ["all", "stem"]}, {"freeze_a": True}),
+    "AdaLoRA": both("AdaLoRA", per_layer=_adalora, random_start=True),
     "LoHa": both("LoHa", per_layer=_loha, **_RANDOM),
     "LoHa-scaled": _on_toy("LoHa", {"alpha": 3.0, "on": ["ffn@last:1"]}, per_layer=_loha, **_RANDOM),
     "LoHa-conv": _on_toy("LoHa", {"alpha": 3.0, "target_modules": ["mix", "embed"]}, per_layer=_loha, **_RANDOM),

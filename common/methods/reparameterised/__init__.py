@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.methods.reparameterised._adalora import AdaLoRA
 from common.methods.reparameterised._entries import BEFT, SuperTuning
 from common.methods.reparameterised._lora import LoRA
 from common.methods.reparameterised._products import DEFT, DeLoRA, GLoRA, GraLoRA, HiRA, LoHa, LoKr, MiSS, PEANuT
@@ -17,6 +18,7 @@ __all__ = [
     "HRA",
     "OFT",
     "PSOFT",
+    "AdaLoRA",
     "DeLoRA",
     "FourierFT",
     "GLoRA",

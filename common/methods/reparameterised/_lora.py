@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from common.roles import RoleMap
 
 
+# Containers of A and B, in PEFT's tuner and in Graft's.
+_DOWN = {"lora_A", "lora_embedding_A", "wlora_A"}
+_UP = {"lora_B", "lora_embedding_B", "wlora_B"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(OnModules):
     """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685).
@@ -46,6 +51,10 @@ class LoRA(OnModules):
         quantize: Hold the backbone's frozen linear layers in 8 bits (`int8`) or 4 (`nf4`: QLoRA, Dettmers et al. 2023,
             arXiv 2305.14314), by bitsandbytes. Weights take a quarter or an eighth of their memory, steps take longer,
             and the adapter cannot be merged into them; it loads on the whole weights too.
+        b_rate: How many times the learning rate of A that of B is (LoRA+; Hayou et al. 2024, arXiv 2402.12354, who take
+            16); 1 trains both alike.
+        freeze_a: Train B alone (LoRA-FA; Zhang et al. 2023, arXiv 2308.03303): rank out parameters for each layer, and
+            no layer keeps its input for A's gradient.
     """
 
     taxonomy: ClassVar[str] = "reparameterised"
@@ -60,11 +69,15 @@ class LoRA(OnModules):
     dora: bool = False
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
     quantize: Literal["int8", "nf4"] | None = None
+    b_rate: float = 1.0
+    freeze_a: bool = False
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Take Linear, convolution and Embedding layers; see the base class."""
         at_least(1, "LoRA", rank=self.rank)
         in_unit("LoRA", dropout=self.dropout)
+        if self.b_rate <= 0:
+            raise GraftError(f"LoRA b_rate is {self.b_rate}; give a factor above 0, such as 16.")
         if self.dora and self.init in ("pissa", "olora"):
             raise GraftError(f"LoRA with dora cannot start from {self.init}, since no export could hold it. Drop one.")
         targets = self.select(model, roles)
@@ -88,6 +101,16 @@ class LoRA(OnModules):
         engine = f"LoRA runs in Graft's own tuner, since PEFT's cannot do {len(wrong)} of {len(targets)} layers: "
         engine += listed([f"{name} ({reason})" for name, reason in wrong.items()]) + "."
         return Plan(peft_config=self._own_config(targets), targets=targets, notes=(engine, *notes))
+
+    def after_attach(self, model: nn.Module) -> None:
+        """Freeze A where that is wanted."""
+        for name, parameter in model.named_parameters() if self.freeze_a else ():
+            if not _DOWN.isdisjoint(name.split(".")):
+                parameter.requires_grad_(False)
+
+    def rate_factor(self, name: str) -> float:
+        """Return B's own factor."""
+        return 1.0 if _UP.isdisjoint(name.split(".")) else self.b_rate
 
     @property
     def _scale(self) -> float:
