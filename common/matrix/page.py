@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from common import __version__
 from common.matrix.cell import Cell
 from common.matrix.settings import TINY
+from common.methods.taxonomy import by_branch
 
 OWN = "†"
 ENGINE = "peft 0.21.2 alone"
 PACKAGES = ("torch", "peft", "timm", "transformers", "monai", "fair-esm")
-_TAXONOMIES = ("baseline", "selective", "reparameterised", "additive", "prompts", "hybrid")
 
 
 class _Notes:
@@ -43,17 +43,12 @@ def markdown(
     notes = _Notes()
     columns = list(engine)
     lines = [f"| method | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for branch in sorted(set(taxonomy.values()), key=_order):
+    for branch, methods in by_branch(taxonomy).items():
         lines.append(f"| *{branch}* |{' |' * len(columns)}")
-        for method in (name for name in taxonomy if taxonomy[name] == branch):
+        for method in methods:
             fields = [_field(found.get((method, column)), notes) for column in columns]
             lines.append(f"| {method} | {' | '.join(fields)} |")
     return "\n".join([*_head(cells, command), *lines, *_counts(cells, engine), *_reasons(notes), ""])
-
-
-def _order(branch: str) -> tuple[int, str]:
-    known = _TAXONOMIES.index(branch) if branch in _TAXONOMIES else len(_TAXONOMIES)
-    return known, branch
 
 
 def _field(cell: Cell | None, notes: _Notes) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from common import __version__
+from common._yaml import Loader
 from common.artifacts import catalog
 from common.cli import TRAINING, doctor, listing, run
 from common.errors import GraftError
 from common.methods import METHODS
+from common.methods.taxonomy import BRANCHES
 from tests.toy import DOMAINS
 
 ROOT = Path(__file__).parents[3]
@@ -52,7 +57,10 @@ def rows(text):
 def test_methods_are_listed_with_family_and_source(call):
     code, out, err = call("list", "methods")
     assert (code, err) == (0, "")
-    assert [row[0] for row in rows(out)[1:]] == list(METHODS)
+    names = [row[0] for row in rows(out)[1:]]
+    assert sorted(names) == sorted(METHODS)
+    families = [METHODS[name].taxonomy for name in names]
+    assert [family for family, _ in itertools.groupby(families)] == [f for f in BRANCHES if f in families]
     for name, spec in METHODS.items():
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
         assert spec.taxonomy in line
@@ -128,7 +136,33 @@ def test_a_method_is_explained_with_its_defaults(call, name):
     assert (code, err) == (0, "")
     assert METHODS[name].__doc__.splitlines()[0] in out
     for setting, value in METHODS[name]().describe()["init_args"].items():
-        assert f"  {setting}: {value}" in out
+        shown = re.search(rf"^  {setting}: (.*)$", out, re.MULTILINE)
+        assert yaml.load(shown.group(1), Loader=Loader) == value
+    assert call("show", "method", name) == (code, out, err)
+
+
+def test_what_is_shown_may_be_named_with_its_kind(call):
+    assert call("show", "data", "openclipart") == call("show", "openclipart")
+    assert call("show", "checkpoint", "LoRA")[2].startswith("graft: Unknown checkpoint 'LoRA'")
+    assert call("show", "methods", "LoRA")[2].startswith("graft: Unknown kind 'methods'. Did you mean 'method'")
+    assert "takes one name" in call("show", "method", "LoRA", "SSF")[2]
+
+
+def test_settings_are_explained_those_of_the_base_class_too(call):
+    _, out, _ = call("show", "LoRA")
+    flat = " ".join(out.split())
+    assert "rank: 8 Rank of the change. alpha: null Scale; None takes 2 * rank." in flat
+    assert "on: [all] Roles or groups of roles" in flat
+    assert "It has no settings." in call("show", "LinearProbe")[1]
+
+
+def test_the_page_of_all_methods_is_current(call, tmp_path):
+    """Made anew by `graft list methods --out common/METHODS.md`."""
+    out = tmp_path / "methods.md"
+    assert call("list", "methods", "--out", str(out))[0] == 0
+    assert out.read_text(encoding="utf-8") == (ROOT / "common" / "METHODS.md").read_text(encoding="utf-8")
+    for kind, name in (("data", "x.md"), ("methods", "x.pdf")):
+        assert "graft list methods --out FILE.md" in call("list", kind, "--out", str(tmp_path / name))[2]
 
 
 @pytest.mark.parametrize("name", catalog())
