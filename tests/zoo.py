@@ -30,7 +30,7 @@ SMALL = {
     "LoHa": {"rank": 2},
     "LoKr": {"rank": 2},
     "HiRA": {"rank": 2},
-    "GraLoRA": {"rank": 4, "target_modules": ["fc1"]},
+    "GraLoRA": {"rank": 4},
     "GLoRA": {"rank": 2, **_FFN},
     "DeLoRA": {"rank": 2},
     "MiSS": {"rank": 3},

@@ -87,6 +87,26 @@ class HadamardWeight(Form):
         return weight + weight * (self.up @ self.down)
 
 
+class Granular(Form):
+    """W + s D, each of k x k blocks of D of low rank: D_ij = B_ij A_ij with B = 0 at the start (GraLoRA).
+
+    k is the greatest divisor of the rank, the rows and the columns that is not above the wanted one.
+    """
+
+    def __init__(self, weight: Tensor, *, rank: int, blocks: int, scale: float) -> None:
+        super().__init__(weight)
+        self.scale = scale
+        cuts = divisor(math.gcd(rank, self.rows, self.columns), blocks)
+        self.down = nn.Parameter(torch.empty(cuts, cuts, rank // cuts, self.columns // cuts, **like(weight)))
+        nn.init.uniform_(self.down, -((self.columns // cuts) ** -0.5), (self.columns // cuts) ** -0.5)
+        self.up = self.zeros(weight, cuts, cuts, self.rows // cuts, rank // cuts)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Add the blocks."""
+        change = torch.matmul(self.up, self.down).transpose(1, 2)  # (i, rows / k, j, columns / k)
+        return weight + self.scale * change.reshape(weight.shape)
+
+
 class Reflections(Form):
     """W H1 ... Hr with reflections H = I - 2 u u' / |u|^2, in equal pairs at the start, which cancel out (HRA)."""
 
@@ -258,6 +278,7 @@ FORMS: Mapping[str, type[Form]] = {
     "hadamard": Hadamard,
     "kronecker": Kronecker,
     "hadamard_weight": HadamardWeight,
+    "granular": Granular,
     "reflections": Reflections,
     "block_rotation": BlockRotation,
     "butterfly": Butterfly,

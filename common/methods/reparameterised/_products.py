@@ -12,9 +12,6 @@ from common.methods.reparameterised._layers import (
     Shape,
     WeightChange,
     at_least,
-    fitting,
-    in_unit,
-    say_fitted,
 )
 
 if TYPE_CHECKING:
@@ -246,19 +243,21 @@ class DEFT(WeightChange):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraLoRA(OnLinear):
+class GraLoRA(WeightChange):
     """Granular low-rank adaptation (Jung et al. 2025, arXiv 2505.20355).
 
-    The weight is cut into k x k blocks, each with a low-rank change of its own: k times LoRA's rank at its parameters,
-    rank (in + out) for each layer; s = alpha / rank. An outlying input channel spoils the gradient of its own blocks
-    only. For ranks where LoRA overfits (32 and more); linear layers only. A number of cuts that does not divide the
-    rank and all layers' sizes is lowered to one that does. Merges without a trace.
+    W + s D with D cut into k x k blocks, each B_ij A_ij of rank `rank` / k, B = 0 at the start, s = alpha / rank: k
+    times LoRA's rank at its parameters, rank (in + out) for each layer; a convolution's `in` is its inputs / groups
+    times its kernel positions. An outlying input channel spoils the gradient of its own blocks only. A number of cuts
+    that does not divide the rank and a layer's sizes is lowered to the next that does. For ranks where LoRA overfits
+    (32 and more); merges without a trace.
+
+    It runs in Graft's own tuner: PEFT's takes inputs of the shape (items, tokens, channels) alone.
 
     Args:
         rank: Sum of the ranks of a row of blocks.
         alpha: Scale; None takes 2 * rank.
         blocks: Cuts k in each direction; the paper takes 2 up to rank 32 and 4 above.
-        dropout: Dropout on the adapter's input.
     """
 
     taxonomy: ClassVar[str] = "reparameterised"
@@ -268,23 +267,19 @@ class GraLoRA(OnLinear):
     rank: int = 32
     alpha: float | None = None
     blocks: int = 2
-    dropout: float = 0.0
 
     def check(self) -> None:
         """See the base class."""
         at_least(1, "GraLoRA", rank=self.rank, blocks=self.blocks)
-        in_unit("GraLoRA", dropout=self.dropout)
 
-    def configure(self, target: str, shapes: Mapping[str, Shape]) -> tuple[PeftConfig, tuple[str, ...]]:
+    def misfit(self, shape: Shape) -> str:
         """See the base class."""
-        from peft import GraloraConfig
+        return "inputs of other shapes than (items, tokens, channels)"
 
-        blocks = fitting(self.blocks, (self.rank, *(side for shape in shapes.values() for side in shape)))
-        alpha: Any = self.alpha if self.alpha is not None else 2 * self.rank
-        config = GraloraConfig(
-            r=self.rank, alpha=alpha, gralora_k=blocks, gralora_dropout=self.dropout, target_modules=target
-        )
-        return config, say_fitted("Number of blocks", self.blocks, blocks)
+    def form(self) -> tuple[str, dict[str, Any]]:
+        """See the base class."""
+        alpha = self.alpha if self.alpha is not None else 2 * self.rank
+        return "granular", {"rank": self.rank, "blocks": self.blocks, "scale": alpha / self.rank}
 
 
 @dataclass(frozen=True, kw_only=True)

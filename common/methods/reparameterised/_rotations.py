@@ -30,6 +30,8 @@ class OFT(WeightChange):
     layer; a convolution's `in` is its inputs / groups times its kernel positions. A block that does not divide a
     layer's inputs is lowered to the next that does. Keeps what the model knows best; merges without a trace.
 
+    It runs in Graft's own tuner: PEFT's takes inputs with four axes for images, on linear layers too, and fails.
+
     Args:
         block: Side of the blocks.
     """
@@ -46,14 +48,7 @@ class OFT(WeightChange):
 
     def misfit(self, shape: Shape) -> str:
         """See the base class."""
-        return f"{shape[1]} inputs" if shape[1] % self.block else ""
-
-    def engine(self, target: str) -> PeftConfig:
-        """See the base class."""
-        from peft import OFTConfig
-
-        # PEFT's default is a truncated series, whose blocks are not orthogonal.
-        return OFTConfig(oft_block_size=self.block, use_cayley_neumann=False, target_modules=target)
+        return "inputs with four axes"
 
     def form(self) -> tuple[str, dict[str, Any]]:
         """See the base class."""

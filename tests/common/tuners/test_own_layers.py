@@ -17,16 +17,26 @@ from common.tuners import (
     CopiesConfig,
     MixtureConfig,
     ScaleShiftConfig,
+    WeightFormConfig,
     WeightLoraConfig,
     is_own,
 )
 from common.tuners._base import ExchangedLayer
+
+
+def form(name, **settings):
+    return lambda: WeightFormConfig(target_modules="layer", form=name, settings=settings)
+
 
 CONFIGS = {
     "lora": lambda: WeightLoraConfig(target_modules="layer", r=2),
     "dora": lambda: WeightLoraConfig(target_modules="layer", r=2, dora=True),
     "scale": lambda: ScaleShiftConfig(target_modules="layer"),
     "copies": lambda: CopiesConfig(target_modules="layer", weight_of="layer", bias_of="layer"),
+    "low-rank form": form("hadamard", rank=2, scale=1.0),
+    "rotation form": form("block_rotation", block=6),
+    "form with buffers": form("subspace_rotation", rank=3),
+    "spectral form": form("spectrum", entries=9, scale=20.0, seed=0),
     "beside": lambda: ConvAdapterConfig(target_modules="layer", reduction=2),
     "behind": lambda: BottleneckConfig(target_modules="layer", width=3),
 }
@@ -111,7 +121,7 @@ def test_one_of_several_adapters_is_active(kind):
     model.set_adapter("one")
     assert torch.equal(run(model), outputs["one"])
     alone = randomise(wrap(kind, adapter="one"), "one", 1)
-    if kind in ("scale", "copies"):  # the others draw their start
+    if kind in ("scale", "copies", "rotation form"):  # the others draw their start
         assert torch.equal(run(alone), outputs["one"])
 
 

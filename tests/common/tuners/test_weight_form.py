@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
 
-from common.methods import C3A, DEFT, HRA, OFT, DeLoRA, FourierFT, HiRA, LoHa, LoKr, MiSS
+from common.methods import C3A, DEFT, HRA, DeLoRA, FourierFT, HiRA, LoHa, LoKr, MiSS
 from common.methods._base import exact
 from common.tuners import WeightFormConfig
 from common.tuners._forms import FORMS, divisor, factors
@@ -22,6 +22,7 @@ FORM_SETTINGS = {
     "hadamard": {"rank": 2, "scale": 1.5},
     "kronecker": {"rank": 1, "scale": 0.5},
     "hadamard_weight": {"rank": 2},
+    "granular": {"rank": 6, "blocks": 3, "scale": 0.7},
     "reflections": {"rank": 4},
     "block_rotation": {"block": 3},
     "butterfly": {"block": 4, "factors": 2},
@@ -104,6 +105,15 @@ def reflections(weight, change):
     return weight
 
 
+def granular(weight, change):
+    cuts, changed = len(change.up), weight.clone()
+    b, d = weight.shape[0] // cuts, weight.shape[1] // cuts
+    for i in range(cuts):
+        for j in range(cuts):
+            changed[i * b : (i + 1) * b, j * d : (j + 1) * d] += change.scale * change.up[i, j] @ change.down[i, j]
+    return changed
+
+
 def subspace(weight, change):
     u, s, vh = torch.linalg.svd(weight)
     rank = len(change.scale_in)
@@ -140,6 +150,7 @@ DENSE = {
     "hadamard": lambda w, c: w + c.scale * torch.einsum("ir,rj,is,sj->ij", c.up_1, c.down_1, c.up_2, c.down_2),
     "kronecker": kronecker,
     "hadamard_weight": lambda w, c: w * (1 + c.up @ c.down),
+    "granular": granular,
     "reflections": reflections,
     "block_rotation": lambda w, c: w @ torch.block_diag(*(rotation(angles, c.side) for angles in c.angles)),
     "butterfly": butterfly,
@@ -249,7 +260,6 @@ ENGINE = {
     "LoKr-full": (LoKr(rank=4), {"lokr_w1": "outer", "lokr_w2": "inner"}),
     "HiRA": (HiRA(rank=2), {"hira_A": "down", "hira_B": "up"}),
     "HRA": (HRA(rank=4), {"hra_u": "directions"}),
-    "OFT": (OFT(block=4), {"oft_R": "angles"}),
     "FourierFT": (FourierFT(entries=7), {"fourierft_spectrum": "entries"}),
     "C3A": (C3A(block=4), {"c3a_kernel": "kernels"}),
     "MiSS": (MiSS(rank=5), {"miss_block": "shard"}),
@@ -262,7 +272,7 @@ ENGINE = {
 def test_both_engines_compute_the_same(name):
     spec, names = ENGINE[name]
     torch.manual_seed(0)
-    layer, x = nn.Linear(12, 8), torch.randn(3, 12)
+    layer = nn.Linear(12, 8)
     engine = get_peft_model(nn.Sequential(copy.deepcopy(layer)), spec.engine(exact(["0"])))
     form, values = spec.form()
     own = get_peft_model(
@@ -278,6 +288,7 @@ def test_both_engines_compute_the_same(name):
     with torch.no_grad():
         for key, parameter in trained.items():
             parameter += 0.2 * torch.randn(parameter.shape)
-            turned = -1 if name == "OFT" else 1  # PEFT turns the input, which is the weight by the transposed rotation
-            getattr(change, names[key]).copy_((turned * parameter).view_as(getattr(change, names[key])))
-        torch.testing.assert_close(own(x), engine(x), atol=1e-5, rtol=1e-5)
+            getattr(change, names[key]).copy_(parameter.view_as(getattr(change, names[key])))
+        for shape in ((12,), (3, 12), (2, 3, 12), (2, 3, 2, 12), (2, 1, 3, 2, 12)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(own(x), engine(x), atol=1e-5, rtol=1e-5)
