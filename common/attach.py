@@ -150,6 +150,13 @@ def _params_by_role(model: nn.Module, role_of: Mapping[str, str]) -> dict[str, i
     return totals
 
 
+def recount(attached: Attached) -> None:
+    """Count the trainable parameters by role again, where the training data decided how many there are."""
+    trainable = _trainable_by_role(attached.model, attached.plan, attached.roles)
+    for role, (total, _) in attached.params_by_role.items():
+        attached.params_by_role[role] = (total, trainable.get(role, 0))
+
+
 def _trainable_by_role(model: nn.Module, plan: Plan, roles: RoleMap | None) -> dict[str, int]:
     """Count trained parameters by role; what layers of several roles share counts as `shared`, once."""
     found: dict[nn.Parameter, set[str]] = {}

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -30,14 +30,23 @@ LAST = "last.ckpt"
 def state_keys(module: nn.Module) -> set[str]:
     """Return the names that a checkpoint of this module holds.
 
-    These are the trainable parameters, and the running statistics of norms that are in train mode by policy, which is
-    to say of norms whose statistics a training step changes.
+    These are the trainable parameters, the running statistics of norms that are in train mode by policy, which is
+    to say of norms whose statistics a training step changes, and the buffers of adapters that ask for it.
     """
     keys = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for prefix, child in module.named_modules():
         if isinstance(child, _NormBase) and child.track_running_stats and child.training:
             keys |= {f"{prefix}.{name}" for name, _ in child.named_buffers(recurse=False)}
+        if getattr(child, "in_checkpoints", False):
+            keys |= {f"{prefix}.{name}" for name, _ in child.named_buffers(recurse=False)}
     return keys
+
+
+def make_room(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Let adapters whose sizes depend on the data that they saw take the sizes of a checkpoint."""
+    for prefix, child in module.named_modules():
+        if hasattr(type(child), "make_room"):
+            cast("Any", child).make_room(f"{prefix}.", state)
 
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Generator, Iterator, Mapping, Sequence, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -234,6 +234,25 @@ class StatefulLoader(DataLoader[Any]):
         wrong = [f"{key} was {state.get(key)} and is {value}" for key, value in mine.items() if state.get(key) != value]
         if wrong:
             raise GraftError(f"This checkpoint cannot resume: {'; '.join(wrong)}. Use the run's own configuration.")
+
+
+def first_batches(loader: DataLoader[Any], count: int, *, singly: bool = False) -> Iterator[Any]:
+    """Yield a loader's first batches.
+
+    Args:
+        loader: A loader of batches at its start; a `StatefulLoader` shall not have been iterated.
+        count: How many batches, if there are as many.
+        singly: Yield each of their examples as a batch of one.
+    """
+    if not singly:
+        yield from itertools.islice(loader, count)
+        return
+    dataset = loader.dataset
+    if isinstance(dataset, EpochSeeded):
+        dataset.set_epoch(0)
+    batches = cast("Iterable[list[int]]", loader.batch_sampler)
+    order = [[index] for batch in itertools.islice(batches, count) for index in batch]
+    yield from DataLoader(dataset, batch_sampler=order, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
 
 
 class _Skipping(Sampler[list[int]]):

@@ -115,6 +115,7 @@ def fit(
     meter, validation = CostMeter(), _LastValidation()
     callbacks = (LastCheckpoint(folder, save_every), _SameTrainer(), meter, validation)
     trainer = build_trainer(folder, *callbacks, **trainer_options)
+    task.resumed = start is not None
     trainer.fit(task, datamodule=data, ckpt_path=str(start) if start else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt

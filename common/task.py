@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from common import checkpoint as ckpt
 from common._optim import OptimSpec
 from common.attach import Attached, attach, probe
+from common.calibration import calibrate
 from common.errors import GraftError
 from common.frozen import FrozenPrefix, FrozenRows
 from common.loading import StatefulLoader, mix_seed
@@ -66,6 +67,7 @@ class AdaptedTask(L.LightningModule):
         self.settings = dict(settings)
         self.gradient_checkpointing = gradient_checkpointing
         self.strict_loading = False  # our own check is stricter: see on_load_checkpoint
+        self.resumed = False  # whether this fit goes on from a checkpoint, which holds what calibration would find
         self.facts: Any = None
         self.attached: Attached
         self._expected_state: set[str] = set()
@@ -152,9 +154,21 @@ class AdaptedTask(L.LightningModule):
         self.facts = self._datamodule().facts
         self.assemble()
         probe(self.attached, lambda: self.features(self.example_batch()))
+        if stage == "fit" and not self.resumed:
+            self._calibrate()
         self._expected_state = self._state_keys()
         prefix = self.frozen_prefix()
         self.frozen_rows = FrozenRows(prefix, self) if prefix else None
+
+    def _calibrate(self) -> None:
+        """Show a fresh adapter the first training batches, where its method wants to see some."""
+        if self.peft.calibration is not None:
+            strategy = self.trainer.strategy
+            self.to(strategy.root_device).eval()
+            loader, seed = self._datamodule().train_dataloader(), mix_seed(self.seed, 4)
+            calibrate(
+                self.attached, loader, lambda batch: self.compute_loss(strategy.batch_to_device(batch)), seed=seed
+            )
 
     def _datamodule(self) -> Any:  # noqa: ANN401
         """Return the trainer's datamodule, whose `facts` a task is built from."""
@@ -202,10 +216,11 @@ class AdaptedTask(L.LightningModule):
         """Refuse to recompute batch norms that train: each step would update their running statistics twice."""
         modules = self.attached.model.modules()
         counted = any(isinstance(m, _NormBase) and m.track_running_stats for m in modules)
-        if counted and self.attached.plan.mode == "full":
+        method = self.attached.spec
+        if counted and (self.attached.plan.mode == "full" or getattr(method, "statistics", "frozen") == "saved"):
             raise GraftError(
-                "gradient_checkpointing with FullFineTune would update this backbone's batch norm statistics twice a "
-                "step. Set gradient_checkpointing to false, or choose a method that freezes them."
+                f"gradient_checkpointing with {type(method).__name__} would update this backbone's batch norm "
+                "statistics twice a step. Set gradient_checkpointing to false, or choose a method that freezes them."
             )
 
     def train(self, mode: bool = True) -> AdaptedTask:
@@ -363,6 +378,7 @@ class AdaptedTask(L.LightningModule):
         Raises:
             GraftError: The tensors are not exactly this task's.
         """
+        ckpt.make_room(self, state)
         ckpt.check_state(state, self, self._state_keys())
         self.load_state_dict(state, strict=False)
 
@@ -386,6 +402,7 @@ class AdaptedTask(L.LightningModule):
             raise GraftError(
                 f"This checkpoint belongs to another run: {'; '.join(wrong)}. Use that run's configuration."
             )
+        ckpt.make_room(self, checkpoint["state_dict"])
         ckpt.check_state(checkpoint["state_dict"], self, self._expected_state)
         self.method_memory = checkpoint.get("method_memory", {})
         if self.trainer.state.fn == TrainerFn.FITTING:

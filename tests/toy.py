@@ -74,6 +74,13 @@ SMALL = {
         ]
     },
     "AtBudget": {"method": _block("LoRA", on=["ffn"]), "share": 0.1, "most": 8},
+    "FishMask": {"density": 0.1, "batches": 2},
+    "GPS": {"batches": 2},
+    "SHiRA": {"rank": 2, "batches": 2},
+    "MagnitudeMask": {"density": 0.1},
+    "SCT": {"channels": 3, "batches": 2},
+    "FacTTT": {"rank": 2, "scale": 0.5},
+    "FacTTK": {"rank": 2, "scale": 0.5},
 }
 
 

@@ -55,6 +55,14 @@ SMALL = {
     "Houlsby": {"on": ["all"], "width": 5},
     "Mixture": {"parts": [LoRA(on=["conv"], rank=2), NormTuning()]},
     "AtBudget": {"method": LoRA(on=["conv"]), "share": 0.2, "most": 3},
+    "DiffFit": {"on": ["conv", "ffn_out"]},
+    "FishMask": {"density": 0.2},
+    "GPS": {"per_neuron": 2},
+    "SHiRA": {"rank": 2},
+    "MagnitudeMask": {"density": 0.2},
+    "SCT": {"on": ["conv@first:1", "ffn"], "channels": 5},
+    "FacTTT": {"rank": 2},
+    "FacTTK": {"rank": 2},
 }
 
 

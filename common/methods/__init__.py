@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from common.methods._base import MethodSpec, ModePolicy, OnModules, Plan
+from common.methods._base import Calibration, MethodSpec, ModePolicy, OnModules, Plan
 from common.methods.additive import IA3, SSF, ConvAdapter, Houlsby, Pfeiffer
 from common.methods.hybrid import AtBudget, Mixture, PerGroup
 from common.methods.reparameterised import (
@@ -20,6 +20,8 @@ from common.methods.reparameterised import (
     PSOFT,
     AdaLoRA,
     DeLoRA,
+    FacTTK,
+    FacTTT,
     FourierFT,
     GLoRA,
     GraLoRA,
@@ -39,7 +41,20 @@ from common.methods.reparameterised import (
     VeRA,
     WaveFT,
 )
-from common.methods.selective import BitFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
+from common.methods.selective import (
+    GPS,
+    SCT,
+    BitFit,
+    DiffFit,
+    FishMask,
+    FullFineTune,
+    LastBlocks,
+    LinearProbe,
+    MagnitudeMask,
+    NormBias,
+    NormTuning,
+    SHiRA,
+)
 
 METHODS: Mapping[str, type[MethodSpec]] = {
     spec.__name__: spec
@@ -49,9 +64,15 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         BitFit,
         NormTuning,
         NormBias,
+        DiffFit,
         LastBlocks,
         BEFT,
         SuperTuning,
+        FishMask,
+        GPS,
+        SHiRA,
+        MagnitudeMask,
+        SCT,
         LoRA,
         AdaLoRA,
         LoHa,
@@ -77,6 +98,8 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         VBLoRA,
         TinyLoRA,
         UniLoRA,
+        FacTTT,
+        FacTTK,
         IA3,
         SSF,
         ConvAdapter,
@@ -93,17 +116,24 @@ __all__ = [
     "BOFT",
     "C3A",
     "DEFT",
+    "GPS",
     "HRA",
     "IA3",
     "METHODS",
     "OFT",
     "PSOFT",
+    "SCT",
     "SSF",
     "AdaLoRA",
     "AtBudget",
     "BitFit",
+    "Calibration",
     "ConvAdapter",
     "DeLoRA",
+    "DiffFit",
+    "FacTTK",
+    "FacTTT",
+    "FishMask",
     "FourierFT",
     "FullFineTune",
     "GLoRA",
@@ -115,6 +145,7 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "MagnitudeMask",
     "MethodSpec",
     "MiSS",
     "Mixture",
@@ -129,6 +160,7 @@ __all__ = [
     "Plan",
     "RandLoRA",
     "RoAd",
+    "SHiRA",
     "SuperTuning",
     "TinyLoRA",
     "UniLoRA",

@@ -45,6 +45,22 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a method wants to see of the training data before the first step.
+
+    Attributes:
+        of: What is gathered of each target while the bare backbone runs in eval mode: `gradient`, the mean gradient of
+            the task's loss with respect to its weight (in the weight's shape); `fisher`, the mean over single examples
+            of that gradient squared; `output_energy`, the mean square of each output channel; `input_moment`, the mean
+            of x x' over its inputs x (linear layers).
+        batches: How many training batches are run, from the first on.
+    """
+
+    of: Literal["gradient", "fisher", "output_energy", "input_moment"]
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodSpec:
     """One PEFT method and its settings: the typed content of a recipe's `peft:` block.
 
@@ -83,6 +99,22 @@ class MethodSpec:
             memory: What the method keeps between steps; a checkpoint holds it, so that a run resumes exactly.
             step: Steps taken, this one included.
             steps: Steps of the whole fit.
+        """
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the method wants to see of the training data before the first step; None where it needs no look.
+
+        Without data a method must stand by itself: an adapter is attached to be loaded, too.
+        """
+        return None
+
+    def calibrate(self, layers: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
+        """Set the fresh adapter by what `calibration` asked for.
+
+        Args:
+            layers: The adapted layers, by the target's name.
+            seen: What was gathered, by the target's name.
         """
 
     def describe(self) -> dict[str, Any]:

@@ -17,8 +17,11 @@ from common.tuners._upstream import MENDED
 from common.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
+from common.tuners.fact import FactConfig, FactModel
 from common.tuners.mixture import MixtureConfig, MixtureModel
+from common.tuners.salient import SalientConfig, SalientModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
+from common.tuners.sparse import SparseConfig, SparseModel
 from common.tuners.weight_form import WeightFormConfig, WeightFormModel
 from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
@@ -31,11 +34,17 @@ __all__ = [
     "ConvAdapterModel",
     "CopiesConfig",
     "CopiesModel",
+    "FactConfig",
+    "FactModel",
     "MixtureConfig",
     "MixtureModel",
     "OwnConfig",
+    "SalientConfig",
+    "SalientModel",
     "ScaleShiftConfig",
     "ScaleShiftModel",
+    "SparseConfig",
+    "SparseModel",
     "WeightFormConfig",
     "WeightFormModel",
     "WeightLoraConfig",
@@ -51,6 +60,9 @@ OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     MixtureConfig: MixtureModel,
     ScaleShiftConfig: ScaleShiftModel,
     WeightFormConfig: WeightFormModel,
+    FactConfig: FactModel,
+    SalientConfig: SalientModel,
+    SparseConfig: SparseModel,
     WeightLoraConfig: WeightLoraModel,
 }
 

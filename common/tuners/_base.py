@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn, TypedDict, cast
 
 import torch
 from peft import PeftConfig
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -39,6 +40,19 @@ class OwnConfig(PeftConfig):
         """Set the type by which PEFT finds the tuner."""
         super().__post_init__()
         self.peft_type = self.own_type
+
+
+class Kept(BufferDict):
+    """Buffers of adapters, by name, that a shared adapter and a run's checkpoint hold beside the trained parameters.
+
+    Attributes:
+        in_checkpoints: Tells a checkpoint so.
+    """
+
+    in_checkpoints: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
 
 
 class OwnLayer(nn.Module, BaseTunerLayer):
@@ -81,14 +95,15 @@ class OwnLayer(nn.Module, BaseTunerLayer):
             return getattr(self.get_base_layer(), name)
         return super().__getattr__(name)
 
-    def base_parameter(self, name: str) -> nn.Parameter:
-        """Return a parameter that the frozen layer holds itself.
+    def base_parameter(self, name: str) -> Tensor:
+        """Return a parameter or buffer that the frozen layer holds itself.
 
         Raises:
             TypeError: It has none of this name, or computes it at each call, as under a weight norm.
         """
         base = self.get_base_layer()
         parameter = base._parameters.get(name)
+        parameter = parameter if parameter is not None else base._buffers.get(name)
         if parameter is None:
             raise TypeError(
                 f"{type(base).__name__} holds no parameter '{name}' itself (it may be computed at each call)."
@@ -139,7 +154,7 @@ class ExchangedLayer(OwnLayer):
         device = next(self.get_base_layer().parameters()).device.type
         with torch.autocast(device, enabled=False):
             own = self.exchanged(adapter_name)
-            return {name: tensor.to(self.base_parameter(name).dtype) for name, tensor in own.items()}
+            return {name: _laid_out(tensor, self.base_parameter(name)) for name, tensor in own.items()}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write an adapter into the layer's parameters; the frozen ones are kept aside until `unmerge`."""
@@ -168,6 +183,14 @@ class ExchangedLayer(OwnLayer):
             parameter.data = tensor.to(parameter.device)
         self._frozen.clear()
         self.merged_adapters.clear()
+
+
+def _laid_out(tensor: Tensor, frozen: Tensor) -> Tensor:
+    """Give a computed parameter the frozen one's type and strides: torch chooses its kernels, and rounds, by both."""
+    tensor = tensor.to(frozen.dtype)
+    if tensor.stride() == frozen.stride() or not frozen.is_contiguous():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # strides of axes of length one count too
 
 
 class UnmergedLayer(OwnLayer):

@@ -30,6 +30,7 @@ class Case:
         starts_elsewhere: Whether a fresh method changes the outputs by design (the paper's start is not zero).
         reason: What a refusal to merge says, a pattern.
         moves_weight: Whether part of the frozen weight moves into the adapter.
+        statistics: Whether it trains running statistics of norms.
     """
 
     toy: MethodSpec | None
@@ -42,6 +43,7 @@ class Case:
     starts_elsewhere: bool = False
     reason: str = "no change of their weights"
     moves_weight: bool = False
+    statistics: bool = False
 
     def check_start(self, output: torch.Tensor, bare: torch.Tensor) -> None:
         """Compare a fresh method's output with the bare network's, up to rounding."""

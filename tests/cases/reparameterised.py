@@ -128,6 +128,14 @@ def _bias(spec, layer, role):
     return layer.bias.numel()
 
 
+def _fact(spec, model, targets):
+    sizes = [matrix(model.get_submodule(name)) for name in targets]
+    rows, columns = (min(size[axis] for size in sizes) for axis in (0, 1))
+    tiles = sum(math.ceil(size[0] / rows) * math.ceil(size[1] / columns) for size in sizes)
+    inner = tiles * spec.rank**2 if spec.form == "tt" else spec.rank**3 + tiles * spec.rank
+    return (rows + columns) * spec.rank + inner
+
+
 def _variant(toy_settings=None, zoo_settings=None, **facts):
     """LoRA with settings; None leaves it out on that network."""
     return Case(
@@ -193,6 +201,8 @@ CASES = {
     "C3A": both("C3A", per_layer=_c3a),
     "C3A-uneven": _on_toy("C3A", {"block": 3}, per_layer=_c3a),
     "VeRA": both("VeRA", per_layer=_vera),
+    "FacTTT": both("FacTTT", total=_fact, random_start=True),
+    "FacTTK": both("FacTTK", total=_fact, random_start=True),
     "VeRA-ffn": Case(toy=toy("VeRA", on=["ffn"]), zoo=None, per_layer=_vera),
     "PVeRA": both("PVeRA", per_layer=_pvera),
     "RandLoRA": both("RandLoRA", per_layer=_randlora),

@@ -23,6 +23,7 @@ from common.errors import GraftError
 from common.methods import METHODS
 from common.run import fit
 from common.task import OptimSpec as Spec
+from common.tuners._base import Kept
 from tests.toy import Facts, ToyData, ToyTask, spec_of, toy_backbone
 
 STATISTICS = {"input_norm.running_mean", "input_norm.running_var", "input_norm.num_batches_tracked"}
@@ -46,6 +47,8 @@ def test_the_expected_state_is_what_training_changes(method):
     keys = task._state_keys()
     trained = {name for name, p in task.named_parameters() if p.requires_grad}
     extra = {f"backbone.{name}" for name in STATISTICS} if method == "FullFineTune" else set()
+    kept = (module.named_buffers(prefix=name) for name, module in task.named_modules() if isinstance(module, Kept))
+    extra |= {name for buffers in kept for name, _ in buffers}
     assert keys == trained | extra
     assert {"head.weight", "head.bias"} <= keys
     assert keys <= task.state_dict().keys()

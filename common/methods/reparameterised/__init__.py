@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from common.methods.reparameterised._adalora import AdaLoRA
 from common.methods.reparameterised._entries import BEFT, SuperTuning
+from common.methods.reparameterised._fact import FacTTK, FacTTT
 from common.methods.reparameterised._lora import LoRA
 from common.methods.reparameterised._products import DEFT, DeLoRA, GLoRA, GraLoRA, HiRA, LoHa, LoKr, MiSS, PEANuT
 from common.methods.reparameterised._rotations import BOFT, HRA, OFT, PSOFT, RoAd
@@ -20,6 +21,8 @@ __all__ = [
     "PSOFT",
     "AdaLoRA",
     "DeLoRA",
+    "FacTTK",
+    "FacTTT",
     "FourierFT",
     "GLoRA",
     "GraLoRA",

@@ -86,7 +86,7 @@ def test_only_the_intended_parameters_move_and_all_of_them(name, dims):
     idle = {key for key in own if "blocks.0.down" in key and ("bias" in key or "shift" in key)}
     assert moved - buffers <= own
     assert own - moved <= idle
-    assert (moved & buffers != set()) == (result.plan.mode == "full")
+    assert (moved & buffers != set()) == (result.plan.mode == "full" or CASES[name].statistics)
 
 
 @EACH
