@@ -270,7 +270,9 @@ def _calls(layers: dict[str, Any]) -> Generator[set[str]]:
 
 
 def _has_gradient(layer: nn.Module) -> bool:
-    return any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters() if p.requires_grad)
+    """Whether a gradient arrived; a layer that only hands on what another one trains has nothing to get one."""
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return not trained or any(p.grad is not None and bool(p.grad.any()) for p in trained)
 
 
 def _short(names: list[str], most: int = 3) -> list[str]:

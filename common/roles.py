@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
@@ -65,6 +66,35 @@ class Pattern:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenStream:
+    """How the blocks of a family take their tokens: what a method needs that adds tokens, or keys to attend to.
+
+    A block is called with its tokens (B, T, C) first and returns as many, alone or first in a tuple. Every token
+    attends to every other that is no padding.
+
+    Attributes:
+        blocks: Pattern (matched in full) of the names of the blocks through which the tokens run.
+        attention: The self-attention modules, each of which calls torch's `scaled_dot_product_attention` once.
+        mask: Name and place (0 is the first argument behind the tokens) of a block's mask of the keys, (B, T) or
+            (B, 1, T or 1, T), True or 0 where a token is seen; None where blocks take none.
+        rotary: Name of a block's argument with the rotary positions, and their form: `pair`, cosines and sines of the
+            positions 0, 1, ... (..., T, D) each; `cat`, sines and cosines side by side (..., T, 2 D) for the last T
+            tokens.
+        biased: Whether attention adds a bias of its own to the scores of T tokens.
+        fixed: Why a block can take no further token; empty where it can.
+        alone: Why attention can take no further key; empty where it can.
+    """
+
+    blocks: str
+    attention: Pattern | None = None
+    mask: tuple[str, int] | None = None
+    rotary: tuple[str, Literal["pair", "cat"]] | None = None
+    biased: bool = False
+    fixed: str = ""
+    alone: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A backbone family: its roles, and the name pattern of its blocks in forward order.
 
@@ -74,12 +104,14 @@ class Family:
         block: Pattern (matched in full) of the names of its blocks.
         parts: Parts that a user may choose, such as `encoder`, each with the pattern (matched in full) of the name of
             the module that holds it.
+        tokens: How its blocks take tokens, or why they take none.
     """
 
     name: str
     roles: Mapping[str, tuple[Pattern, ...]]
     block: str
     parts: Mapping[str, str] = field(default_factory=dict)
+    tokens: TokenStream | str = "nothing is said of how its blocks take tokens"
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -99,12 +131,14 @@ class RoleMap:
         role_of: Module name to role, in the model's order.
         blocks: Names of the blocks, first to last.
         parts: Part to the names of the modules that hold it, for the parts that this model has.
+        tokens: How its blocks take tokens, or why they take none.
     """
 
     family: str
     role_of: Mapping[str, str]
     blocks: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tokens: TokenStream | str = ""
 
     def count(self) -> dict[str, int]:
         """Return how many modules carry each role."""
@@ -134,7 +168,7 @@ class RoleMap:
         wanted: set[str] = set()
         for item in on:
             role, *narrowings = item.split("@")
-            wanted.update(self._narrow(item, self._carrying(role), narrowings))
+            wanted.update(self.narrow(item, self._carrying(role), narrowings))
         return {name: role for name, role in self.role_of.items() if name in wanted}
 
     def _carrying(self, item: str) -> list[str]:
@@ -150,8 +184,17 @@ class RoleMap:
             )
         return names
 
-    def _narrow(self, item: str, names: list[str], narrowings: Sequence[str]) -> list[str]:
-        """Narrow the modules down, step by step."""
+    def narrow(self, item: str, names: list[str], narrowings: Sequence[str]) -> list[str]:
+        """Narrow modules down, step by step.
+
+        Args:
+            item: What was asked for, for the message.
+            names: Modules to choose from.
+            narrowings: `first:N`, `last:N` or parts, from left to right; see `select`.
+
+        Raises:
+            GraftError: An unknown part, one that holds none of the modules, or more blocks than there are.
+        """
         for how in narrowings:
             end, _, number = how.partition(":")
             if how in self.parts:
@@ -219,7 +262,7 @@ def resolve(model: nn.Module, family: Family) -> RoleMap:
             "Choose the family that this architecture belongs to, or give 'target_modules'."
         )
     held = {part: tuple(names) for part, names in parts.items()}
-    return RoleMap(family=family.name, role_of=role_of, blocks=tuple(blocks), parts=held)
+    return RoleMap(family=family.name, role_of=role_of, blocks=tuple(blocks), parts=held, tokens=family.tokens)
 
 
 def _within(names: Iterable[str], outer: Iterable[str]) -> list[str]:

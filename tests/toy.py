@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from common.domain import Domain
 from common.loading import eval_loader, item_rng, train_loader
 from common.methods import METHODS
-from common.roles import NORMS, Family, Pattern
+from common.roles import NORMS, Family, Pattern, TokenStream
 from common.task import AdaptedTask, Backbone, OptimSpec
 
 FAMILY = Family(
@@ -29,6 +29,7 @@ FAMILY = Family(
         "ffn_out": (Pattern(r"blocks\.\d+\.fc2", (nn.Linear,)),),
         "norm": (Pattern(r".*norm\d?", NORMS),),
     },
+    tokens=TokenStream(blocks=r"blocks\.\d+", attention=Pattern(r"blocks\.\d+", (nn.Module,))),
 )
 
 
@@ -81,6 +82,7 @@ SMALL = {
     "SCT": {"channels": 3, "batches": 2},
     "FacTTT": {"rank": 2, "scale": 0.5},
     "FacTTK": {"rank": 2, "scale": 0.5},
+    **{name: {"length": 2} for name in ("VPTShallow", "VPTDeep", "PromptTuning", "PrefixTuning")},
 }
 
 

@@ -22,6 +22,7 @@ FAMILY = Family(
         "ffn_out": (Pattern(r"fc2", (nn.Linear,)),),
         "norm": (Pattern(r".*", NORMS),),
     },
+    tokens="its blocks are convolutions and read no tokens",
 )
 _FFN = {"on": ["ffn"]}  # its linear layers, 4 -> 8 -> 5
 SMALL = {

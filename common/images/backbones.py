@@ -10,11 +10,14 @@ import timm
 import timm.data
 import torch
 from safetensors.torch import load_file
+from timm.layers.attention import Attention, AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from common.errors import GraftError, suggest, unknown
 from common.images.starters import STARTERS
-from common.roles import NORMS, Family, Pattern
+from common.roles import NORMS, Family, Pattern, TokenStream
 from common.task import Backbone
 
 LINEAR = (nn.Linear,)
@@ -30,7 +33,14 @@ def _pointwise(module: nn.Module) -> bool:
     return _dense(module) and getattr(module, "kernel_size", None) == (1, 1)
 
 
+def _fused(module: nn.Module) -> bool:
+    """An attention that hands its scores to torch."""
+    return getattr(module, "fused_attn", False) is True
+
+
 _NORM = (Pattern(r".*", NORMS),)
+_ATTENTION = (Attention, AttentionRope, BeitAttention, EvaAttention)
+_NO_TOKENS = "its blocks are convolutions and read no tokens"
 
 VIT = Family(
     name="vit",
@@ -43,6 +53,12 @@ VIT = Family(
         "ffn_out": (Pattern(r"blocks\.\d+\.mlp\.(fc2|w3)", LINEAR),),
         "norm": _NORM,
     },
+    tokens=TokenStream(
+        blocks=r"blocks\.\d+",
+        attention=Pattern(r"blocks\.\d+\.attn", _ATTENTION, _fused),
+        rotary=("rope", "cat"),  # of EVA
+        biased=True,  # in BEiT
+    ),
 )
 SWIN = Family(
     name="swin",
@@ -55,6 +71,7 @@ SWIN = Family(
         "ffn_out": (Pattern(r"layers\.\d+\.blocks\.\d+\.mlp\.fc2", LINEAR),),
         "norm": _NORM,
     },
+    tokens="it attends within windows of a grid, in which a prompt has no place",
 )
 CONVNEXT = Family(
     name="convnext",
@@ -66,6 +83,7 @@ CONVNEXT = Family(
         "conv": (Pattern(r"stages\.\d+\.downsample\.1", CONV, _dense),),
         "norm": _NORM,
     },
+    tokens=_NO_TOKENS,
 )
 EFFICIENTNET = Family(
     name="efficientnet",
@@ -80,6 +98,7 @@ EFFICIENTNET = Family(
         ),
         "norm": _NORM,
     },
+    tokens=_NO_TOKENS,
 )
 RESNET = Family(
     name="resnet",
@@ -89,6 +108,7 @@ RESNET = Family(
         "conv": (Pattern(r"layer\d+\.\d+\.(conv\d|downsample\.\d)", CONV, _dense),),
         "norm": _NORM,
     },
+    tokens=_NO_TOKENS,
 )
 
 FAMILIES: dict[str, Family] = {

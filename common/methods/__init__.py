@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from common.methods._base import Calibration, MethodSpec, ModePolicy, OnModules, Plan
 from common.methods.additive import IA3, SSF, ConvAdapter, Houlsby, Pfeiffer
 from common.methods.hybrid import AtBudget, Mixture, PerGroup
+from common.methods.prompts import PrefixTuning, PromptTuning, VPTDeep, VPTShallow
 from common.methods.reparameterised import (
     BEFT,
     BOFT,
@@ -108,6 +109,10 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         Mixture,
         PerGroup,
         AtBudget,
+        VPTShallow,
+        VPTDeep,
+        PromptTuning,
+        PrefixTuning,
     )
 }
 
@@ -158,6 +163,8 @@ __all__ = [
     "PerGroup",
     "Pfeiffer",
     "Plan",
+    "PrefixTuning",
+    "PromptTuning",
     "RandLoRA",
     "RoAd",
     "SHiRA",
@@ -165,6 +172,8 @@ __all__ = [
     "TinyLoRA",
     "UniLoRA",
     "VBLoRA",
+    "VPTDeep",
+    "VPTShallow",
     "VeRA",
     "WaveFT",
 ]

@@ -19,6 +19,8 @@ from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.fact import FactConfig, FactModel
 from common.tuners.mixture import MixtureConfig, MixtureModel
+from common.tuners.prefix import PrefixConfig, PrefixModel
+from common.tuners.prompt_tokens import PromptTokensConfig, PromptTokensModel, uniform_bound
 from common.tuners.salient import SalientConfig, SalientModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
 from common.tuners.sparse import SparseConfig, SparseModel
@@ -51,6 +53,7 @@ __all__ = [
     "WeightLoraModel",
     "is_own",
     "matrix_shape",
+    "uniform_bound",
 ]
 
 OWN: dict[type[OwnConfig], type[BaseTuner]] = {
@@ -58,6 +61,8 @@ OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     ConvAdapterConfig: ConvAdapterModel,
     CopiesConfig: CopiesModel,
     MixtureConfig: MixtureModel,
+    PrefixConfig: PrefixModel,
+    PromptTokensConfig: PromptTokensModel,
     ScaleShiftConfig: ScaleShiftModel,
     WeightFormConfig: WeightFormModel,
     FactConfig: FactModel,

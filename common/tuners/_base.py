@@ -117,17 +117,22 @@ class OwnLayer(nn.Module, BaseTunerLayer):
         self.start(adapter_name, config, key)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        """Run the layer with the active adapter; shapes are the layer's own."""
+    def in_use(self) -> str | None:
+        """Return the adapter that a call runs with; None where the layer itself runs, bare or merged."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         known = self._get_available_adapters()
         active = [] if self.disable_adapters else [name for name in self.active_adapters if name in known]
         if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+            return None
         if len(active) > 1:
             raise ValueError(f"One adapter can be active at a time, not {active}.")
-        return self.adapted(active[0], x, *args, **kwargs)
+        return active[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Run the layer with the active adapter; shapes are the layer's own."""
+        adapter = self.in_use()
+        return self.base_layer(x, *args, **kwargs) if adapter is None else self.adapted(adapter, x, *args, **kwargs)
 
 
 class ExchangedLayer(OwnLayer):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 
 from common.methods import METHODS
-from tests.cases import additive, hybrid, reparameterised, selective
+from tests.cases import additive, hybrid, prompts, reparameterised, selective
 from tests.cases._case import Case
 
-CASES: dict[str, Case] = {**selective.CASES, **additive.CASES, **reparameterised.CASES, **hybrid.CASES}
+_FAMILIES = (selective, additive, reparameterised, prompts, hybrid)
+CASES: dict[str, Case] = {name: case for family in _FAMILIES for name, case in family.CASES.items()}
 
 # Methods of linear layers alone: a network of convolutions refuses them.
 LINEAR_ONLY = tuple(name for name, spec in METHODS.items() if getattr(spec, "acts_on", ()) == ("Linear",))

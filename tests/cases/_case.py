@@ -31,6 +31,7 @@ class Case:
         reason: What a refusal to merge says, a pattern.
         moves_weight: Whether part of the frozen weight moves into the adapter.
         statistics: Whether it trains running statistics of norms.
+        without_family: What it says of a network without a family, where it cannot do without; empty where it can.
     """
 
     toy: MethodSpec | None
@@ -44,6 +45,7 @@ class Case:
     reason: str = "no change of their weights"
     moves_weight: bool = False
     statistics: bool = False
+    without_family: str = ""
 
     def check_start(self, output: torch.Tensor, bare: torch.Tensor) -> None:
         """Compare a fresh method's output with the bare network's, up to rounding."""

@@ -78,6 +78,6 @@ CASES = {
         toy=toy("MagnitudeMask", which="largest"), zoo=zoo("MagnitudeMask", which="largest"), per_layer=_share
     ),
     "SCT": both("SCT", per_layer=_sct, random_start=True),
-    "LastBlocks": both("LastBlocks", per_layer=_whole),
+    "LastBlocks": both("LastBlocks", per_layer=_whole, without_family="has 0 blocks"),
     "LastBlocks-2": Case(toy=toy("LastBlocks", k=2), zoo=zoo("LastBlocks", k=2), per_layer=_whole),
 }

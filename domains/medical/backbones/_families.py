@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from common.roles import NORMS, Family, Pattern
+from common.roles import NORMS, Family, Pattern, TokenStream
 
 LINEAR = (nn.Linear,)
 CONV = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORM = (Pattern(r".*", NORMS),)
+_NO_TOKENS = "its blocks are convolutions and read no tokens"
 
 
 def unet(levels: int) -> Family:
@@ -30,6 +31,7 @@ def unet(levels: int) -> Family:
             ),
             "norm": _NORM,
         },
+        tokens=_NO_TOKENS,
     )
 
 
@@ -47,6 +49,7 @@ SEGRESNET = Family(
         ),
         "norm": _NORM,
     },
+    tokens=_NO_TOKENS,
 )
 
 # The first block of the way down reads the image as the patch embedding does, through two of its convolutions.
@@ -75,6 +78,10 @@ UNETR = Family(
         ),
         "norm": _NORM,
     },
+    tokens=TokenStream(
+        blocks=r"vit\.blocks\.\d+",
+        alone="its attention is computed by hand, where no key can be added",
+    ),
 )
 
 SWIN_UNETR = Family(
@@ -93,6 +100,7 @@ SWIN_UNETR = Family(
         ),
         "norm": _NORM,
     },
+    tokens="it attends within windows of a grid, in which a prompt has no place",
 )
 
 DYNUNET = Family(
@@ -108,4 +116,5 @@ DYNUNET = Family(
         ),
         "norm": _NORM,
     },
+    tokens=_NO_TOKENS,
 )

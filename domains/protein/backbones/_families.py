@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from common.roles import NORMS, Family, Pattern
+from common.roles import NORMS, Family, Pattern, TokenStream
 
 LINEAR = (nn.Linear,)
 EMBEDDING = (nn.Embedding,)
@@ -23,6 +23,12 @@ def _bert(name: str) -> Family:
             "norm": (Pattern(r".*", NORMS),),
             "embed": (Pattern(r"embeddings\.\w+_embeddings", EMBEDDING),),
         },
+        tokens=TokenStream(
+            blocks=layer,
+            attention=Pattern(rf"{layer}\.attention", (nn.Module,)),
+            mask=("attention_mask", 0),
+            rotary=("position_embeddings", "pair"),  # of ESM-2
+        ),
     )
 
 
@@ -41,6 +47,11 @@ T5 = Family(
         "norm": (Pattern(r".*", NORMS),),
         # The embedding stands under two names, of which the first is not the one that is called: it has no role.
     },
+    tokens=TokenStream(
+        blocks=r"encoder\.block\.\d+",
+        attention=Pattern(rf"{_T5_LAYER}\.0\.SelfAttention", (nn.Module,)),
+        fixed="it scores tokens by their distance, which a prompt has not",
+    ),
 )
 
 UNIREP = Family(
@@ -50,4 +61,5 @@ UNIREP = Family(
         "recurrent": (Pattern(r"layers\.\d+\.(wx|wh|wmx|wmh)", LINEAR),),
         "embed": (Pattern(r"embedding", EMBEDDING),),
     },
+    tokens="it reads residues one after another and attends to none",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from common.roles import NORMS, Family, Pattern
+from common.roles import NORMS, Family, Pattern, TokenStream
 
 LINEAR = (nn.Linear,)
 CONV = (nn.Conv1d,)
@@ -32,6 +32,11 @@ def _whisper(name: str, encoder: str, decoder: str | None) -> Family:
             # The embedding of tokens is the output layer too, so an adapter on one alone could not be merged, and the
             # positions are cut to the audio's length, past any adapter: neither has a role.
         },
+        tokens=TokenStream(
+            blocks=rf"{encoder}layers\.\d+",  # the decoder writes from left to right
+            attention=Pattern(rf"{layer}\.self_attn", (nn.Module,)),
+            mask=("attention_mask", 0),
+        ),
     )
 
 
@@ -39,7 +44,7 @@ WHISPER = _whisper("whisper", r"model\.encoder\.", r"model\.decoder\.")
 WHISPER_ENCODER = _whisper("whisper-encoder", "", None)
 
 
-def _wave(name: str, projection: str, layer: str, attention: str | None) -> Family:
+def _wave(name: str, projection: str, layer: str, attention: str | None, *, fixed: str = "") -> Family:
     """Lay out a network that reads the waveform: convolutions, a projection, a positional convolution, blocks.
 
     The positional convolution is weight-normalised, its weight computed of two parameters: it has no role.
@@ -61,15 +66,22 @@ def _wave(name: str, projection: str, layer: str, attention: str | None) -> Fami
             "norm": (Pattern(r".*", NORMS),),
             "embed": (Pattern(rf"{layer}\.attention\.rel_attn_embed", EMBEDDING),),
         },
+        tokens=TokenStream(
+            blocks=layer,
+            attention=Pattern(rf"{layer}\.attention", (nn.Module,)) if attention else None,
+            mask=("attention_mask", 0),
+            fixed=fixed,
+        ),
     )
 
 
+_BIASED = "it scores features by their distance, which a prompt has not"
 _HF = (r"feature_projection\.projection", r"encoder\.layers\.\d+", "attention")
 WAV2VEC2 = _wave("wav2vec2", *_HF)
 HUBERT = _wave("hubert", *_HF)
-WAVLM = _wave("wavlm", *_HF)
+WAVLM = _wave("wavlm", *_HF, fixed=_BIASED)
 
 _TORCHAUDIO = (r"encoder\.feature_projection\.projection", r"encoder\.transformer\.layers\.\d+")
 TORCHAUDIO = _wave("torchaudio", *_TORCHAUDIO, "attention")
 # torchaudio's WavLM computes queries, keys and values of one bare weight, past any adapter: its attention has no role.
-TORCHAUDIO_WAVLM = _wave("torchaudio-wavlm", *_TORCHAUDIO, None)
+TORCHAUDIO_WAVLM = _wave("torchaudio-wavlm", *_TORCHAUDIO, None, fixed=_BIASED)

@@ -124,6 +124,9 @@ SPECS = {
     "LoRA": METHODS["LoRA"](rank=2),
     "VeRA": METHODS["VeRA"](rank=4),
 }
+NO_TOKENS = {"swin": "attends within windows of a grid", "swinv2": "attends within windows of a grid"} | dict.fromkeys(
+    CNNS, "its blocks are convolutions and read no tokens"
+)
 REFUSED = {
     (method, key): rf"{method} cannot act on .* \(Conv2d, role conv\).* it takes Linear\."
     for key in CNNS
@@ -141,6 +144,12 @@ REFUSED |= {
         ("Pfeiffer", "ffn_out", ("efficientnet", "mobilenetv3", "mobilenetv4", "resnet")),
     )
     for key in keys
+}
+REFUSED |= {
+    (name, key): rf"{name} cannot act on this \w+ backbone: (it )?{reason}"
+    for name, method in METHODS.items()
+    for key, reason in NO_TOKENS.items()
+    if method.taxonomy == "prompts"
 }
 
 

@@ -71,7 +71,6 @@ def check_start(name, output, bare):
     case = CASES[name]
     if case.starts_elsewhere:
         assert not torch.equal(output, bare)
-        torch.testing.assert_close(output, bare, atol=0.1, rtol=0.1)
     elif not case.exact_start:
         torch.testing.assert_close(output, bare, atol=1e-5, rtol=1e-5)
     else:
@@ -238,8 +237,8 @@ def test_an_architecture_without_a_family(name):
         with pytest.raises(GraftError, match=r"\['mix'\] do not exist"):
             attach(build(), spec, None)
         return
-    if name == "LastBlocks":
-        with pytest.raises(GraftError, match="has 0 blocks"):
+    if CASES[name].without_family:
+        with pytest.raises(GraftError, match=CASES[name].without_family):
             attach(build(), spec, None)
         return
     if name == "PerGroup":

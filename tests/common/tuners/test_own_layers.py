@@ -17,6 +17,8 @@ from common.tuners import (
     CopiesConfig,
     FactConfig,
     MixtureConfig,
+    PrefixConfig,
+    PromptTokensConfig,
     SalientConfig,
     ScaleShiftConfig,
     SparseConfig,
@@ -49,6 +51,7 @@ CONFIGS = {
     "behind": lambda: BottleneckConfig(target_modules="layer", width=3),
 }
 UNMERGED = ("beside", "behind")
+OF_TOKENS = {PrefixConfig, PromptTokensConfig}  # act on no convolution; they have tests of their own
 EACH = pytest.mark.parametrize("kind", CONFIGS)
 EXCHANGED = pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in UNMERGED])
 
@@ -103,6 +106,8 @@ def test_all_types_are_own():
     without_layer = {MixtureConfig}  # see test_mixture.py
     assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - without_layer
     assert all(is_own(config().peft_type) for config in CONFIGS.values())
+    assert {type(make()) for make in CONFIGS.values()} | OF_TOKENS == OWN.keys()
+    assert all(is_own(config().peft_type) for config in OWN)
     assert not any(is_own(other) for other in (None, "LORA", "BITFIT"))
 
 

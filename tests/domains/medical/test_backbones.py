@@ -173,6 +173,16 @@ REFUSED = {
         ("Pfeiffer", r"Role 'ffn_out' matches no module of this"),
     )
 }
+NO_TOKENS = {"swin": "attends within windows of a grid"} | dict.fromkeys(
+    ("unet", "segresnet", "dynunet"), "its blocks are convolutions and read no tokens"
+)
+REFUSED |= {
+    (name, key): rf"{name} cannot act on this \w+ backbone: (it )?{reason}"
+    for name, method in METHODS.items()
+    for key, reason in NO_TOKENS.items()
+    if method.taxonomy == "prompts"
+}
+REFUSED["PrefixTuning", "unetr"] = "PrefixTuning cannot act on this unetr backbone: its attention is computed by hand"
 
 
 def spec_of(method, key):

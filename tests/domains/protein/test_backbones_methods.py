@@ -90,6 +90,11 @@ REFUSED = {
     **{("ConvAdapter", key): "Role 'conv' matches no module" for key in NETWORKS},
     ("Houlsby", "unirep"): "Role 'attention_out' matches no module of this unirep",
     ("Pfeiffer", "unirep"): "Role 'ffn_out' matches no module of this unirep",
+    **{
+        (name, "unirep"): f"{name} cannot act on this unirep backbone: it reads residues one after another"
+        for name, method in METHODS.items()
+        if method.taxonomy == "prompts"
+    },
 }
 
 
