@@ -7,6 +7,7 @@ names of one model; nothing is ever matched by a substring or a suffix. A role m
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,6 +96,20 @@ class TokenStream:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grid:
+    """How the tokens that a layer reads lie in an image or volume.
+
+    Attributes:
+        sides: Positions along each axis, in the order in which the tokens stand; zeros where the tokens keep these
+            axes, (B, *sides, C), and any size will do.
+        prefix: Tokens before them that belong to no position (class and register tokens).
+    """
+
+    sides: tuple[int, ...]
+    prefix: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A backbone family: its roles, and the name pattern of its blocks in forward order.
 
@@ -105,6 +120,10 @@ class Family:
         parts: Parts that a user may choose, such as `encoder`, each with the pattern (matched in full) of the name of
             the module that holds it.
         tokens: How its blocks take tokens, or why they take none.
+        stream: Pattern (matched in full) of the names of the blocks that put out the hidden state (..., C) that the
+            next one reads, alone or first in a tuple; None where there are none.
+        grid: Says of a model and one of its layers how the tokens that the layer reads lie in an image, or None where
+            they are in no order of one (windows); None for a family of other inputs.
     """
 
     name: str
@@ -112,6 +131,8 @@ class Family:
     block: str
     parts: Mapping[str, str] = field(default_factory=dict)
     tokens: TokenStream | str = "nothing is said of how its blocks take tokens"
+    stream: str | None = None
+    grid: Callable[[nn.Module, str], Grid | None] | None = None
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -132,6 +153,8 @@ class RoleMap:
         blocks: Names of the blocks, first to last.
         parts: Part to the names of the modules that hold it, for the parts that this model has.
         tokens: How its blocks take tokens, or why they take none.
+        stream: Those of the blocks that put out the hidden state; see `Family.stream`.
+        grid_of: The layer's name to its grid of tokens; see `Family.grid`.
     """
 
     family: str
@@ -139,6 +162,8 @@ class RoleMap:
     blocks: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tokens: TokenStream | str = ""
+    stream: tuple[str, ...] = ()
+    grid_of: Callable[[str], Grid | None] = field(default=lambda name: None)
 
     def count(self) -> dict[str, int]:
         """Return how many modules carry each role."""
@@ -261,8 +286,15 @@ def resolve(model: nn.Module, family: Family) -> RoleMap:
             f"Family '{family.name}' matches no module of {type(model).__name__}. "
             "Choose the family that this architecture belongs to, or give 'target_modules'."
         )
-    held = {part: tuple(names) for part, names in parts.items()}
-    return RoleMap(family=family.name, role_of=role_of, blocks=tuple(blocks), parts=held, tokens=family.tokens)
+    return RoleMap(
+        family=family.name,
+        role_of=role_of,
+        blocks=tuple(blocks),
+        parts={part: tuple(names) for part, names in parts.items()},
+        tokens=family.tokens,
+        stream=tuple(name for name in blocks if family.stream and re.fullmatch(family.stream, name)),
+        grid_of=(lambda name: None) if family.grid is None else functools.partial(family.grid, model),
+    )
 
 
 def _within(names: Iterable[str], outer: Iterable[str]) -> list[str]:

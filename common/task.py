@@ -188,6 +188,7 @@ class AdaptedTask(L.LightningModule):
             built = self.build_backbone()
         self.backbone_name = built.name
         if self.gradient_checkpointing:
+            self._refuse_recomputing()
             self._switch_checkpointing(built.model)
         if attach_with is None:
             self.attached = attach(built.model, self.peft, built.family, seed=mix_seed(self.seed, 1), name=built.name)
@@ -202,6 +203,13 @@ class AdaptedTask(L.LightningModule):
         self.loss = self.build_loss()
         metrics = self.build_metrics()
         self.val_metrics, self.test_metrics = metrics.clone(), metrics.clone()
+
+    def _refuse_recomputing(self) -> None:
+        if not self.peft.recomputable:
+            raise GraftError(
+                f"{type(self.peft).__name__} keeps no activations of the blocks, and its steps cannot be computed one "
+                "at a time. Set gradient_checkpointing to false."
+            )
 
     @staticmethod
     def _switch_checkpointing(model: nn.Module) -> None:

@@ -15,12 +15,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from common.domain import Domain
 from common.loading import eval_loader, item_rng, train_loader
 from common.methods import METHODS
-from common.roles import NORMS, Family, Pattern, TokenStream
+from common.roles import NORMS, Family, Grid, Pattern, TokenStream
 from common.task import AdaptedTask, Backbone, OptimSpec
 
 FAMILY = Family(
     name="toy",
     block=r"blocks\.\d+",
+    stream=r"blocks\.\d+",
+    grid=lambda model, layer: Grid(sides=(0,)),
     roles={
         "stem": (Pattern(r"embed", (nn.Linear,)), Pattern(r"mix", (nn.Conv1d,))),
         "attention_qkv": (Pattern(r"blocks\.\d+\.qkv", (nn.Linear,)),),
@@ -83,6 +85,14 @@ SMALL = {
     "FacTTT": {"rank": 2, "scale": 0.5},
     "FacTTK": {"rank": 2, "scale": 0.5},
     **{name: {"length": 2} for name in ("VPTShallow", "VPTDeep", "PromptTuning", "PrefixTuning")},
+    "Compacter": {"width": 4},
+    "ParallelAdapter": {"width": 3},
+    "AdaptFormer": {"width": 3},
+    "Convpass": {"width": 3},
+    **{name: {"rank": 2} for name in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT")},
+    "LST": {"reduction": 4},
+    "InvertibleAdapter": {"on": ["stem"]},
+    "RepAdapter": {"width": 4},
 }
 
 

@@ -64,6 +64,11 @@ SMALL = {
     "SCT": {"on": ["conv@first:1", "ffn"], "channels": 5},
     "FacTTT": {"rank": 2},
     "FacTTK": {"rank": 2},
+    "Compacter": {"on": ["conv"], "width": 5},
+    "ParallelAdapter": {"width": 6},
+    "AdaptFormer": {"width": 6},
+    "InvertibleAdapter": {"on": ["stem", "ffn_in"], "reduction": 1},
+    "RepAdapter": {"target_modules": ["stem", "blocks.0.down", "blocks.0.line", "blocks.0.dilated", "blocks.1.up"]},
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import GraftError, suggest, unknown
 from common.images.starters import STARTERS
-from common.roles import NORMS, Family, Pattern, TokenStream
+from common.roles import NORMS, Family, Grid, Pattern, TokenStream
 from common.task import Backbone
 
 LINEAR = (nn.Linear,)
@@ -42,9 +42,27 @@ _NORM = (Pattern(r".*", NORMS),)
 _ATTENTION = (Attention, AttentionRope, BeitAttention, EvaAttention)
 _NO_TOKENS = "its blocks are convolutions and read no tokens"
 
+
+def _vit_grid(model: Any, layer: str) -> Grid:  # noqa: ANN401  (timm's attributes)
+    return Grid(sides=tuple(model.patch_embed.grid_size), prefix=int(model.num_prefix_tokens))
+
+
+def _swin_grid(model: nn.Module, layer: str) -> Grid | None:
+    """Return the block's grid, which its feed-forward network reads row by row; its attention reads windows."""
+    block, inner, _ = layer.partition(".mlp.")
+    resolution: Any = model.get_submodule(block).input_resolution if inner else None
+    return None if resolution is None else Grid(sides=tuple(resolution))
+
+
+def _convnext_grid(model: nn.Module, layer: str) -> Grid:
+    return Grid(sides=(0, 0))
+
+
 VIT = Family(
     name="vit",
     block=r"blocks\.\d+",
+    stream=r"blocks\.\d+",
+    grid=_vit_grid,
     roles={
         "stem": (Pattern(r"patch_embed\.proj", CONV),),
         "attention_qkv": (Pattern(r"blocks\.\d+\.attn\.(qkv|q_proj|k_proj|v_proj)", LINEAR),),
@@ -63,6 +81,8 @@ VIT = Family(
 SWIN = Family(
     name="swin",
     block=r"layers\.\d+\.blocks\.\d+",
+    stream=r"layers\.\d+\.blocks\.\d+",
+    grid=_swin_grid,
     roles={
         "stem": (Pattern(r"patch_embed\.proj", CONV),),
         "attention_qkv": (Pattern(r"layers\.\d+\.blocks\.\d+\.attn\.qkv", LINEAR),),
@@ -76,6 +96,7 @@ SWIN = Family(
 CONVNEXT = Family(
     name="convnext",
     block=r"stages\.\d+\.blocks\.\d+",
+    grid=_convnext_grid,
     roles={
         "stem": (Pattern(r"stem\.\d+", CONV),),
         "ffn_in": (Pattern(r"stages\.\d+\.blocks\.\d+\.mlp\.fc1", (*LINEAR, *CONV)),),

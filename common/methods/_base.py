@@ -64,13 +64,15 @@ class Calibration:
 class MethodSpec:
     """One PEFT method and its settings: the typed content of a recipe's `peft:` block.
 
-    A spec is plain data; importing it needs no torch. `plan` is called once the backbone stands.
+    A spec is plain data; importing it needs no torch. `plan` is called once the backbone stands. `recomputable` says
+    whether blocks may be computed anew in the backward pass, one at a time (gradient checkpointing).
     """
 
     taxonomy: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     source: ClassVar[str] = ""
     sized_by: ClassVar[str] = ""  # the setting that sizes the method, such as `rank`: more of it, more parameters
+    recomputable: ClassVar[bool] = True
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Resolve the settings against one backbone.

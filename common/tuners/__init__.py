@@ -14,13 +14,19 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from common.tuners._base import OwnConfig
 from common.tuners._upstream import MENDED
+from common.tuners.behind_block import PostAdapterConfig, PostAdapterModel, ReftConfig, ReftModel
 from common.tuners.bottleneck import BottleneckConfig, BottleneckModel
+from common.tuners.compacter import CompacterConfig, CompacterModel
 from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.fact import FactConfig, FactModel
+from common.tuners.invertible import InvertibleConfig, InvertibleModel, halves
+from common.tuners.ladder import LadderConfig, LadderModel
 from common.tuners.mixture import MixtureConfig, MixtureModel
+from common.tuners.parallel import ParallelConfig, ParallelModel, parallel_fits
 from common.tuners.prefix import PrefixConfig, PrefixModel
 from common.tuners.prompt_tokens import PromptTokensConfig, PromptTokensModel, uniform_bound
+from common.tuners.rep_adapter import RepAdapterConfig, RepAdapterModel, has_biases
 from common.tuners.salient import SalientConfig, SalientModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
 from common.tuners.sparse import SparseConfig, SparseModel
@@ -32,15 +38,29 @@ __all__ = [
     "OWN",
     "BottleneckConfig",
     "BottleneckModel",
+    "CompacterConfig",
+    "CompacterModel",
     "ConvAdapterConfig",
     "ConvAdapterModel",
     "CopiesConfig",
     "CopiesModel",
     "FactConfig",
     "FactModel",
+    "InvertibleConfig",
+    "InvertibleModel",
+    "LadderConfig",
+    "LadderModel",
     "MixtureConfig",
     "MixtureModel",
     "OwnConfig",
+    "ParallelConfig",
+    "ParallelModel",
+    "PostAdapterConfig",
+    "PostAdapterModel",
+    "ReftConfig",
+    "ReftModel",
+    "RepAdapterConfig",
+    "RepAdapterModel",
     "SalientConfig",
     "SalientModel",
     "ScaleShiftConfig",
@@ -51,8 +71,11 @@ __all__ = [
     "WeightFormModel",
     "WeightLoraConfig",
     "WeightLoraModel",
+    "halves",
+    "has_biases",
     "is_own",
     "matrix_shape",
+    "parallel_fits",
     "uniform_bound",
 ]
 
@@ -63,6 +86,13 @@ OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     MixtureConfig: MixtureModel,
     PrefixConfig: PrefixModel,
     PromptTokensConfig: PromptTokensModel,
+    CompacterConfig: CompacterModel,
+    InvertibleConfig: InvertibleModel,
+    LadderConfig: LadderModel,
+    ParallelConfig: ParallelModel,
+    PostAdapterConfig: PostAdapterModel,
+    ReftConfig: ReftModel,
+    RepAdapterConfig: RepAdapterModel,
     ScaleShiftConfig: ScaleShiftModel,
     WeightFormConfig: WeightFormModel,
     FactConfig: FactModel,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from common.tuners._base import OwnConfig, OwnTuner, UnmergedLayer, like
+from common.tuners._base import OwnConfig, OwnTuner, UnmergedLayer
+from common.tuners._shared import ACTIVATIONS, check_activation, pointwise, zero
 
 BOTTLENECK = "BOTTLENECK_ADAPTER"
-
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
 
 
 @dataclass
@@ -55,14 +52,12 @@ class BottleneckLayer(UnmergedLayer):
         base = self.get_base_layer()
         if not isinstance(base, (nn.Linear, _ConvNd)):
             raise TypeError(f"'{key}' ({type(base).__name__}) is no linear layer and no convolution.")
-        if config.activation not in _ACTIVATIONS:
-            raise ValueError(f"The activation is '{config.activation}'; give one of {', '.join(_ACTIVATIONS)}.")
+        check_activation(config.activation)
         outputs = base.out_features if isinstance(base, nn.Linear) else base.out_channels
         width = min(config.width, outputs)
-        up = _pointwise(base, width, outputs)
-        nn.init.zeros_(up.weight)
-        nn.init.zeros_(up.get_parameter("bias"))
-        self.badapter_down[adapter_name], self.badapter_up[adapter_name] = _pointwise(base, outputs, width), up
+        up = pointwise(base, width, outputs)
+        zero(up)
+        self.badapter_down[adapter_name], self.badapter_up[adapter_name] = pointwise(base, outputs, width), up
         self.scaling[adapter_name], self.activation[adapter_name] = config.scale, config.activation
 
     def adapted(self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
@@ -70,16 +65,8 @@ class BottleneckLayer(UnmergedLayer):
         result = self.base_layer(x, *args, **kwargs)
         down, up = self.badapter_down[adapter_name], self.badapter_up[adapter_name]
         narrow = down(self._cast_input_dtype(result, down.get_parameter("weight").dtype))
-        added = up(_ACTIVATIONS[self.activation[adapter_name]](narrow))
+        added = up(ACTIVATIONS[self.activation[adapter_name]](narrow))
         return result + (self.scaling[adapter_name] * added).to(result.dtype)
-
-
-def _pointwise(base: nn.Linear | _ConvNd, inputs: int, outputs: int) -> nn.Linear | _ConvNd:
-    """Return a layer over the channels of the layer's output, at each position alone."""
-    if isinstance(base, nn.Linear):
-        return nn.Linear(inputs, outputs, **like(base.weight))
-    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[base.weight.ndim - 3]
-    return kind(inputs, outputs, 1, **like(base.weight))
 
 
 class BottleneckModel(OwnTuner):

@@ -32,7 +32,14 @@ def _nearest(spec, model, targets):
 
 CASES = {
     "Mixture": both("Mixture", per_layer=_norms_and_lora, random_start=True),
-    "PerGroup": Case(toy=toy("PerGroup"), zoo=None, per_layer=_three, mergeable=False, random_start=True),
+    "PerGroup": Case(
+        toy=toy("PerGroup"),
+        zoo=None,
+        per_layer=_three,
+        mergeable=False,
+        random_start=True,
+        without_family="2 groups for 0 blocks",
+    ),
     "AtBudget": both("AtBudget", total=_nearest, random_start=True),
     "AtBudget-large": Case(toy=toy("AtBudget", share=0.5, most=6), zoo=None, total=_nearest, random_start=True),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from common.roles import NORMS, Family, Pattern, TokenStream
+from common.roles import NORMS, Family, Grid, Pattern, TokenStream
 
 LINEAR = (nn.Linear,)
 CONV = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -60,9 +62,21 @@ _UNETR_CONV = (
     Pattern(r"decoder\d\.conv_block\.conv[123]\.conv", CONV),
 )
 
+
+def _unetr_grid(model: Any, layer: str) -> Grid | None:  # noqa: ANN401  (MONAI's attributes)
+    return Grid(sides=tuple(model.feat_size)) if layer.startswith("vit.blocks.") else None
+
+
+def _swin_grid(model: Any, layer: str) -> Grid | None:  # noqa: ANN401  (MONAI's attributes)
+    """Return the axes that the tokens keep before the feed-forward network; attention reads windows."""
+    return Grid(sides=(0,) * len(model.swinViT.patch_size)) if ".mlp." in layer else None
+
+
 UNETR = Family(
     name="unetr",
     block=r"vit\.blocks\.\d+|encoder\d|decoder\d",
+    stream=r"vit\.blocks\.\d+",
+    grid=_unetr_grid,
     roles={
         # With `proj_type: perceptron` the embedding is a reordering and a linear layer.
         "stem": (Pattern(r"vit\.patch_embedding\.patch_embeddings(\.1)?", (*CONV, *LINEAR)), _UNETR_STEM),
@@ -87,6 +101,8 @@ UNETR = Family(
 SWIN_UNETR = Family(
     name="swin_unetr",
     block=r"swinViT\.layers\d\.0\.blocks\.\d+|encoder\d+|decoder\d",
+    stream=r"swinViT\.layers\d\.0\.blocks\.\d+",
+    grid=_swin_grid,
     roles={
         "stem": (Pattern(r"swinViT\.patch_embed\.proj", CONV), _UNETR_STEM),
         "attention_qkv": (Pattern(r"swinViT\.layers\d\.0\.blocks\.\d+\.attn\.qkv", LINEAR),),

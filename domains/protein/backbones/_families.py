@@ -15,6 +15,7 @@ def _bert(name: str) -> Family:
     return Family(
         name=name,
         block=layer,
+        stream=layer,
         roles={
             "attention_qkv": (Pattern(rf"{layer}\.attention\.self\.(query|key|value)", LINEAR),),
             "attention_out": (Pattern(rf"{layer}\.attention\.output\.dense", LINEAR),),
@@ -39,6 +40,7 @@ _T5_LAYER = r"encoder\.block\.\d+\.layer"
 T5 = Family(
     name="t5",
     block=r"encoder\.block\.\d+",
+    stream=r"encoder\.block\.\d+",
     roles={
         "attention_qkv": (Pattern(rf"{_T5_LAYER}\.0\.SelfAttention\.[qkv]", LINEAR),),
         "attention_out": (Pattern(rf"{_T5_LAYER}\.0\.SelfAttention\.o", LINEAR),),

@@ -19,6 +19,7 @@ def _whisper(name: str, encoder: str, decoder: str | None) -> Family:
     return Family(
         name=name,
         block=layer,
+        stream=layer,
         parts={}
         if decoder is None
         else {"encoder": encoder.removesuffix(r"\."), "decoder": decoder.removesuffix(r"\.")},
@@ -57,6 +58,7 @@ def _wave(name: str, projection: str, layer: str, attention: str | None, *, fixe
     return Family(
         name=name,
         block=layer,
+        stream=layer,
         roles={
             "stem": (Pattern(rf"{convolutions}\.0\.conv", CONV), Pattern(projection, LINEAR)),
             "conv": (Pattern(rf"{convolutions}\.[1-9]\d*\.conv", CONV),),

@@ -23,6 +23,8 @@ from tests.cases import CASES, LINEAR_ONLY, on_networks
 from tests.nets import NETS, build_net, images
 
 CNNS = ("convnext", "efficientnet", "mobilenetv3", "mobilenetv4", "resnet")
+FEEDLESS = tuple(key for key in CNNS if key != "convnext")  # without a feed-forward network
+WINDOWED = ("swin", "swinv2")
 
 
 def vit_roles(depth, *, norms=1, qkv=1, gates=1, inner_norms=2):
@@ -123,6 +125,7 @@ SPECS = {
     **{name: method() for name, method in METHODS.items()},
     "LoRA": METHODS["LoRA"](rank=2),
     "VeRA": METHODS["VeRA"](rank=4),
+    "InvertibleAdapter": METHODS["InvertibleAdapter"](on=["stem"]),
 }
 NO_TOKENS = {"swin": "attends within windows of a grid", "swinv2": "attends within windows of a grid"} | dict.fromkeys(
     CNNS, "its blocks are convolutions and read no tokens"
@@ -141,7 +144,12 @@ REFUSED |= {
     for method, role, keys in (
         ("BEFT", "attention_qkv", CNNS),
         ("Houlsby", "attention_out", CNNS),
-        ("Pfeiffer", "ffn_out", ("efficientnet", "mobilenetv3", "mobilenetv4", "resnet")),
+        ("Pfeiffer", "ffn_out", FEEDLESS),
+        ("Compacter", "attention_out", CNNS),
+        ("ParallelAdapter", "ffn", FEEDLESS),
+        ("AdaptFormer", "ffn", FEEDLESS),
+        ("Convpass", "attention", CNNS),
+        ("RepAdapter", "attention_qkv", CNNS),
     )
     for key in keys
 }
@@ -151,6 +159,13 @@ REFUSED |= {
     for key, reason in NO_TOKENS.items()
     if method.taxonomy == "prompts"
 }
+REFUSED |= {
+    (method, key): f"{method} acts on the hidden states that blocks hand on, .* none of this"
+    for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")
+    for key in CNNS
+}
+REFUSED |= {("LST", key): "LST needs blocks of one width, and this backbone's have 16, 32" for key in WINDOWED}
+REFUSED |= {("Convpass", key): "Convpass needs the grid .* none at .*attn.proj and 2 more of this" for key in WINDOWED}
 
 
 @pytest.mark.parametrize(("key", "method"), on_networks(NETS, first=("vit", "resnet")))

@@ -13,12 +13,19 @@ from torch import nn
 from common.tuners import (
     OWN,
     BottleneckConfig,
+    CompacterConfig,
     ConvAdapterConfig,
     CopiesConfig,
     FactConfig,
+    InvertibleConfig,
+    LadderConfig,
     MixtureConfig,
+    ParallelConfig,
+    PostAdapterConfig,
     PrefixConfig,
     PromptTokensConfig,
+    ReftConfig,
+    RepAdapterConfig,
     SalientConfig,
     ScaleShiftConfig,
     SparseConfig,
@@ -49,9 +56,18 @@ CONFIGS = {
     "tucker": lambda: FactConfig(target_modules="layer", r=2, tile_rows=4, tile_columns=20, form="tk"),
     "beside": lambda: ConvAdapterConfig(target_modules="layer", reduction=2),
     "behind": lambda: BottleneckConfig(target_modules="layer", width=3),
+    "compacter": lambda: CompacterConfig(target_modules="layer", width=4, division=2),
+    "invertible": lambda: InvertibleConfig(target_modules="layer"),
+    "reparameterised": lambda: RepAdapterConfig(target_modules="layer", width=4),
+    # As blocks whose hidden states have the last axis as channels.
+    "post": lambda: PostAdapterConfig(target_modules="layer", channels={"layer": 5}, width=2),
+    "reft": lambda: ReftConfig(target_modules="layer", channels={"layer": 5}, width=2),
+    "ladder": lambda: LadderConfig(target_modules="layer", channels={"layer": 5}, width=2, previous={"layer": None}),
 }
 UNMERGED = ("beside", "behind")
 OF_TOKENS = {PrefixConfig, PromptTokensConfig}  # act on no convolution; they have tests of their own
+WEIGHTLESS = ("behind", "compacter", "invertible", "post", "reft", "ladder")  # ask for the layer's output alone
+UNMERGED = ("beside", *WEIGHTLESS)
 EACH = pytest.mark.parametrize("kind", CONFIGS)
 EXCHANGED = pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind not in UNMERGED])
 
@@ -105,6 +121,7 @@ def two(kind):
 def test_all_types_are_own():
     without_layer = {MixtureConfig}  # see test_mixture.py
     assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - without_layer
+    assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - {ParallelConfig}  # which needs two layers
     assert all(is_own(config().peft_type) for config in CONFIGS.values())
     assert {type(make()) for make in CONFIGS.values()} | OF_TOKENS == OWN.keys()
     assert all(is_own(config().peft_type) for config in OWN)
@@ -285,7 +302,7 @@ def test_the_layer_shows_its_base_layers_attributes(kind):
     assert layer.bias is layer.base_layer.bias
 
 
-NORMED = [kind for kind in CONFIGS if kind != "behind"]  # which asks for the layer's output and no weight
+NORMED = [kind for kind in CONFIGS if kind not in WEIGHTLESS]
 
 
 @pytest.mark.parametrize("kind", NORMED)

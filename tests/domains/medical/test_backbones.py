@@ -163,6 +163,8 @@ def test_blocks_are_in_the_order_in_which_they_run(key, dims):
 
 # A method may act on some roles only; a network without them is refused.
 ON = {(method, key): ["attention", "ffn"] for method in LINEAR_ONLY if method != "BEFT" for key in ("unetr", "swin")}
+ON["Convpass", "swin"] = ["ffn"]  # whose attention reads windows
+BLOCKS = ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")
 REFUSED = {
     (method, key): reason
     for key in ("unet", "segresnet", "dynunet")
@@ -171,6 +173,12 @@ REFUSED = {
         ("BEFT", r"Role 'attention_qkv' matches no module of this"),
         ("Houlsby", r"Role 'attention_out' matches no module of this"),
         ("Pfeiffer", r"Role 'ffn_out' matches no module of this"),
+        ("Compacter", r"Role 'attention_out' matches no module of this"),
+        ("ParallelAdapter", r"Role 'ffn' matches no module of this"),
+        ("AdaptFormer", r"Role 'ffn' matches no module of this"),
+        ("Convpass", r"Role 'attention' matches no module of this"),
+        ("RepAdapter", r"Role 'attention_qkv' matches no module of this"),
+        *((method, "acts on the hidden states that blocks hand on") for method in BLOCKS),
     )
 }
 NO_TOKENS = {"swin": "attends within windows of a grid"} | dict.fromkeys(
@@ -183,13 +191,14 @@ REFUSED |= {
     if method.taxonomy == "prompts"
 }
 REFUSED["PrefixTuning", "unetr"] = "PrefixTuning cannot act on this unetr backbone: its attention is computed by hand"
+REFUSED["LST", "swin"] = "LST needs blocks of one width, and this backbone's have 12, 24, 48, 96 channels"
 
 
 def spec_of(method, key):
     """A method at toy size."""
     on = {"on": ON[method, key]} if (method, key) in ON else {}
     small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
-    return METHODS[method](**small, **on)
+    return METHODS[method](**(small | on))
 
 
 def cases():

@@ -83,7 +83,7 @@ def test_a_bert_has_the_roles_of_an_esm():
 # ---- methods
 
 # A method whose default roles a network has not is asked for the ones that it has; what remains is refused.
-ON = {("SSF", "unirep"): ["all"]}
+ON = {("SSF", "unirep"): ["all"], **{("InvertibleAdapter", key): ["embed"] for key in NETWORKS}}
 REFUSED = {
     ("NormTuning", "unirep"): "NormTuning finds no norm",
     ("BEFT", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
@@ -95,6 +95,16 @@ REFUSED = {
         for name, method in METHODS.items()
         if method.taxonomy == "prompts"
     },
+    ("Compacter", "unirep"): "Role 'attention_out' matches no module of this unirep",
+    ("ParallelAdapter", "unirep"): "Role 'ffn' matches no module of this unirep",
+    ("AdaptFormer", "unirep"): "Role 'ffn' matches no module of this unirep",
+    ("RepAdapter", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
+    **{("Convpass", key): "Convpass needs the grid .* none at .* of this esm backbone" for key in ("esm2", "esm1b")},
+    ("Convpass", "unirep"): "Role 'attention' matches no module of this unirep",
+    **{
+        (method, "unirep"): f"{method} acts on the hidden states that blocks hand on"
+        for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")
+    },
 }
 
 
@@ -102,7 +112,7 @@ def spec_of(method, key):
     """A method at toy size."""
     on = {"on": ON[method, key]} if (method, key) in ON else {}
     small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
-    return METHODS[method](**small, **on)
+    return METHODS[method](**(small | on))
 
 
 @pytest.mark.parametrize(("key", "method"), on_networks(NETWORKS, first=("esm2", "unirep")))

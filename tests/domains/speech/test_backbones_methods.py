@@ -110,13 +110,14 @@ REFUSED = {
     (method, "wavlm"): f"{method} cannot act on this wavlm backbone: it scores features by their distance"
     for method in ("VPTShallow", "VPTDeep", "PromptTuning")
 }
+REFUSED |= {("Convpass", key): "Convpass needs the grid in which the tokens lie" for key in NETWORKS}
 
 
 def spec_of(method, key):
     """A method at toy size."""
     small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
     on = {"on": ON[method, key]} if (method, key) in ON else {}
-    return METHODS[method](**small, **on)
+    return METHODS[method](**(small | on))
 
 
 @pytest.mark.parametrize(("key", "method"), on_networks(NETWORKS, first=("whisper-encoder", "wav2vec2")))

@@ -1,0 +1,64 @@
+"""Small pieces that several tuners are made of: layers at one position, activations, notes from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
+
+from common.tuners._base import like
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": functional.gelu, "relu": functional.relu}
+
+
+def check_activation(name: str) -> None:
+    """Refuse an activation that there is not."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"The activation is '{name}'; give one of {', '.join(ACTIVATIONS)}.")
+
+
+def pointwise(base: nn.Module, inputs: int, outputs: int) -> nn.Linear | _ConvNd:
+    """Return a layer over the channels of what another layer reads or puts out, at each position alone.
+
+    Args:
+        base: A linear layer, an embedding or a convolution, which gets a convolution.
+        inputs: Channels that the new layer reads.
+        outputs: Channels that it puts out.
+    """
+    if not isinstance(base, (nn.Linear, nn.Embedding, _ConvNd)):
+        raise TypeError(f"{type(base).__name__} is no linear layer, no embedding and no convolution.")
+    if not isinstance(base, _ConvNd):
+        return nn.Linear(inputs, outputs, **like(base.weight))
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[base.weight.ndim - 3]
+    return kind(inputs, outputs, 1, **like(base.weight))
+
+
+def zero(layer: nn.Module) -> None:
+    """Let a layer start with zeros."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+class Passage:
+    """A place where one layer leaves a tensor for a later layer of the same forward pass; copies of it are empty."""
+
+    def __init__(self) -> None:
+        self._left: Tensor | None = None
+
+    def leave(self, tensor: Tensor) -> None:
+        """Leave a tensor; one that nobody took is forgotten."""
+        self._left = tensor
+
+    def take(self) -> Tensor | None:
+        """Return what was left and empty the place; None where nothing was."""
+        left, self._left = self._left, None
+        return left
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Passage:
+        return Passage()
+
+    def __reduce__(self) -> tuple[type[Passage], tuple[()]]:
+        return Passage, ()
