@@ -162,6 +162,7 @@ CASES = {
     "LoRA-orthogonal": _variant({"init": "orthogonal"}, exact_start=False),
     "LoRA-pissa": _variant({"init": "pissa"}, exact_start=False, moves_weight=True, random_start=False),
     "LoRA-olora": _variant({"init": "olora"}, exact_start=False, moves_weight=True, random_start=False),
+    "LoRA-eva": _variant({"init": "eva", "batches": 2}),
     "LoRA-one-role": _variant({"on": ["attention_qkv"]}),
     "LoRA-norms-by-name": _variant({"target_modules": ["blocks.1.fc1", "embed"]}),
     "LoRA-thin": _variant(None, {"rank": 6, "dora": True, "init": "gaussian", "on": ["stem", "all"]}),

@@ -29,6 +29,7 @@ SPECS = {
     "SHiRA-gradient": spec_of("SHiRA", mask="gradient"),
     "SHiRA-snip": spec_of("SHiRA", mask="snip"),
     "SCT": spec_of("SCT"),
+    "LoRA-eva": spec_of("LoRA", init="eva", batches=2),
 }
 EACH = pytest.mark.parametrize("name", SPECS)
 
@@ -195,11 +196,26 @@ def test_sct_takes_the_loudest_channels():
     assert layers["blocks.1.out"].salient_channels["default"].tolist() == sorted(best.tolist())
 
 
+def test_eva_starts_at_the_principal_directions_of_the_inputs():
+    """A is (up to signs) what an SVD of all inputs, stacked, gives."""
+    _, layers = calibrated(SPECS["LoRA-eva"])
+    for name in ("blocks.0.qkv", "blocks.1.fc2"):
+        model, inputs = bare(), []
+        model.get_submodule(name).register_forward_hook(lambda _, x, __, kept=inputs: kept.append(x[0].detach()))
+        for x in batches(2):
+            model(x)
+        wanted = torch.linalg.svd(torch.cat(inputs).flatten(0, -2), full_matrices=False).Vh[:2]
+        found = layers[name].lora_A["default"].weight.detach()
+        torch.testing.assert_close((found @ wanted.T).abs(), torch.eye(2), atol=1e-3, rtol=1e-3)
+
+
 # ---- in a run ------------------------------------------------------------------------------------------------------
 
 
 def buffers(task):
-    return {n: t.clone() for n, t in task.state_dict().items() if "sparse_indices" in n or "salient_channels" in n}
+    """What was chosen; where the choice is a start, what was made of it."""
+    chosen = ("sparse_indices", "salient_channels", "lora_A")
+    return {name: t.clone() for name, t in task.state_dict().items() if any(part in name for part in chosen)}
 
 
 def same(one, two):
@@ -276,7 +292,7 @@ def test_the_choice_is_exported_and_loads_with_plain_peft(runs, name, tmp_path):
     counts = {role: row["trainable"] for role, row in cost["params_by_role"].items()}
     assert sum(counts.values()) == cost["params_trainable_backbone"]
     numbers = sum(t.numel() for t in load_file(tmp_path / "adapter" / ADAPTER).values())
-    if name != "SCT":
+    if name not in ("SCT", "LoRA-eva"):
         assert numbers == 2 * cost["params_trainable_backbone"]  # values and positions, and no dense mask
 
 
@@ -325,6 +341,8 @@ def test_the_user_is_told(runs):
         (SCT(channels=0, batches=0), "SCT channels is 0 and batches is 0; give"),
         (spec_of("FacTTT", rank=0), "FacTTT rank is 0; give"),
         (spec_of("FacTTK", rank=9), r"FacTTK rank is 9, but all layers share tiles .*'blocks.0.qkv' \(24 x 8\)"),
+        (spec_of("LoRA", batches=0), "LoRA batches is 0; give"),
+        (spec_of("LoRA", init="eva", on=["stem"]), r"LoRA with init 'eva' cannot act on 'mix' \(Conv1d, role stem\)"),
         (GPS(target_modules=["norm"]), r"GPS cannot act on 'norm' \(LayerNorm, role norm\); it takes Linear, Conv1d"),
     ],
 )

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["LoRA", "BitFit", "FullFineTune"])
+@pytest.mark.parametrize("method", ["LoRA", "BitFit", "FullFineTune", "FishMask"])
 def test_data_parallel_fit(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

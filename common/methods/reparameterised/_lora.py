@@ -5,19 +5,26 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from common.errors import GraftError
-from common.methods._base import CONVOLUTIONS, OnModules, Plan, exact, listed, require_types
+from common.methods._base import CONVOLUTIONS, Calibration, OnModules, Plan, exact, listed, require_types
 from common.methods.reparameterised._layers import at_least, in_unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from peft import PeftConfig
-    from torch import nn
+    from torch import Tensor, nn
 
     from common.roles import RoleMap
+
+_EVA_TYPES = ("Linear",)
+_TYPES = ("Linear", *CONVOLUTIONS, "Embedding")
+_EVA_NOTE = (
+    "A starts at what {batches} training batches show before the first step; until then, and where there are no data, "
+    "it starts as by default."
+)
 
 
 # Containers of A and B, in PEFT's tuner and in Graft's.
@@ -47,7 +54,10 @@ class LoRA(OnModules):
         rslora: Scale by the square root of the rank.
         dora: Train the weight's magnitude apart from its direction (Liu et al. 2024, arXiv 2402.09353).
         init: `default` (Kaiming A, zero B), `gaussian`, `orthogonal`, or a start from the weight's own spectrum:
-            `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775).
+            `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775); or `eva` (arXiv 2410.07170): the rows of A are the
+            first right singular vectors of the layer's inputs in the first training batches, one rank for all layers;
+            linear layers only, and until data are seen, and where there are none, as `default`.
+        batches: Training batches that `eva` looks at.
         quantize: Hold the backbone's frozen linear layers in 8 bits (`int8`) or 4 (`nf4`: QLoRA, Dettmers et al. 2023,
             arXiv 2305.14314), by bitsandbytes. Weights take a quarter or an eighth of their memory, steps take longer,
             and the adapter cannot be merged into them; it loads on the whole weights too.
@@ -67,21 +77,37 @@ class LoRA(OnModules):
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
+    batches: int = 8
     quantize: Literal["int8", "nf4"] | None = None
     b_rate: float = 1.0
     freeze_a: bool = False
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """Look at the layers' inputs, where the start is made of them."""
+        return Calibration(of="input_moment", batches=self.batches) if self.init == "eva" else None
+
+    def calibrate(self, layers: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
+        """Set A to the first principal directions of the layers' inputs; see the base class."""
+        import torch
+
+        for name, layer in layers.items():
+            down = layer.lora_A[layer.active_adapters[0]].weight
+            directions = torch.linalg.eigh(seen[name]).eigenvectors.flip(1).T  # by rows, the strongest first
+            down.data.copy_(directions[: len(down)])
+
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Take Linear, convolution and Embedding layers; see the base class."""
-        at_least(1, "LoRA", rank=self.rank)
+        at_least(1, "LoRA", rank=self.rank, batches=self.batches)
         in_unit("LoRA", dropout=self.dropout)
         if self.b_rate <= 0:
             raise GraftError(f"LoRA b_rate is {self.b_rate}; give a factor above 0, such as 16.")
         if self.dora and self.init in ("pissa", "olora"):
             raise GraftError(f"LoRA with dora cannot start from {self.init}, since no export could hold it. Drop one.")
         targets = self.select(model, roles)
-        require_types("LoRA", model, targets, ("Linear", *CONVOLUTIONS, "Embedding"))
+        eva = self.init == "eva"
+        require_types("LoRA with init 'eva'" if eva else "LoRA", model, targets, _EVA_TYPES if eva else _TYPES)
         lowered = self._lowered(model, targets)
         notes = _say_lowered(self.rank, lowered)
         wrong = {name: _what_the_engine_gets_wrong(model.get_submodule(name)) for name in targets}
@@ -89,6 +115,7 @@ class LoRA(OnModules):
         if not wrong:
             config = self._engine_config(targets, lowered)
             held = self._held_in_fewer_bits(model, roles, targets)
+            notes = (_EVA_NOTE.format(batches=self.batches), *notes) if eva else notes
             notes = ("LoRA runs in PEFT's own tuner.", *notes)
             return Plan(peft_config=config, targets=targets, notes=notes, quantise=held)
         name, reason = next(iter(wrong.items()))
@@ -171,7 +198,7 @@ class LoRA(OnModules):
             lora_dropout=self.dropout,
             use_rslora=self.rslora,
             use_dora=self.dora,
-            init_lora_weights=True if self.init == "default" else self.init,
+            init_lora_weights=True if self.init in ("default", "eva") else self.init,
         )
 
     def _own_config(self, targets: Mapping[str, str]) -> PeftConfig:

@@ -126,6 +126,8 @@ SPECS = {
     "LoRA": METHODS["LoRA"](rank=2),
     "VeRA": METHODS["VeRA"](rank=4),
     "InvertibleAdapter": METHODS["InvertibleAdapter"](on=["stem"]),
+    "FacTTT": METHODS["FacTTT"](rank=2),
+    "FacTTK": METHODS["FacTTK"](rank=2),
 }
 NO_TOKENS = {"swin": "attends within windows of a grid", "swinv2": "attends within windows of a grid"} | dict.fromkeys(
     CNNS, "its blocks are convolutions and read no tokens"
@@ -150,6 +152,8 @@ REFUSED |= {
         ("AdaptFormer", "ffn", FEEDLESS),
         ("Convpass", "attention", CNNS),
         ("RepAdapter", "attention_qkv", CNNS),
+        ("DiffFit", "attention_out", CNNS),
+        ("SCT", "attention_out", CNNS),
     )
     for key in keys
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from common.attach import attach
 from common.errors import GraftError
-from common.methods import BitFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
-from tests.toy import FAMILY, toy_backbone
+from common.exchange import export, load
+from common.methods import SCT, BitFit, DiffFit, FullFineTune, LastBlocks, LinearProbe, NormBias, NormTuning
+from common.run import fit, read_record
+from tests import zoo
+from tests.toy import DOMAINS, FAMILY, ToyData, ToyTask, toy_backbone
 
 
 def adapted(spec, model=None, family=FAMILY):
@@ -59,6 +63,78 @@ def test_norm_tuning_takes_every_norm_with_parameters():
     assert set(adapted(NormTuning(), net, None).plan.targets) == {"0", "3"}
     with pytest.raises(GraftError, match="NormTuning finds no norm"):
         adapted(NormTuning(), nn.Sequential(nn.LayerNorm(3, elementwise_affine=False)), None)
+
+
+def test_diff_fit_scales_the_ends_of_the_branches():
+    result = adapted(DiffFit())
+    trained = {n.removeprefix("base_model.model.") for n, p in result.model.named_parameters() if p.requires_grad}
+    bare = toy_backbone()
+    biases = {f"{n.removesuffix('.bias')}.copied_bias.default" for n, _ in bare.named_parameters() if "bias" in n}
+    norms = {f"{n}.copied_weight.default" for n, m in bare.named_modules() if "Norm" in type(m).__name__}
+    ends = {f"blocks.{i}.{end}.copied_scale.default" for i in (0, 1) for end in ("out", "fc2")}
+    assert trained == biases | norms | ends
+    with pytest.raises(GraftError, match="Role 'attention_out' matches no module of this zoo backbone"):
+        attach(zoo.zoo(2), DiffFit(), zoo.FAMILY)
+
+
+def test_a_convolution_in_groups_cannot_mix_its_channels():
+    with pytest.raises(GraftError, match=r"SCT cannot act on 'blocks.1.grouped' and 2 more: a convolution in groups"):
+        attach(zoo.zoo(2), SCT(on=["conv"]), zoo.FAMILY)
+
+
+# ---- statistics of batch norms -------------------------------------------------------------------------------------
+
+
+def norms_of(task):
+    """The running mean that the task's input is normalised by."""
+    layer = task.backbone.get_base_model().input_norm
+    return layer.copied_mean["default"], layer.base_layer.running_mean
+
+
+def test_saved_statistics_train_resume_and_come_along(tmp_path):
+    def run(folder, **options):
+        task = ToyTask(NormTuning(statistics="saved"))
+        fit(task, ToyData(), folder, max_epochs=2, **options)
+        return task
+
+    class Die(L.Callback):
+        def on_train_batch_start(self, trainer, *args):
+            if trainer.global_step == 3:
+                raise RuntimeError("killed")
+
+    whole = run(tmp_path / "whole")
+    own, frozen = norms_of(whole)
+    assert torch.equal(frozen, toy_backbone().input_norm.running_mean)
+    assert not torch.allclose(own, frozen, atol=1e-3)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "run", save_every=1, callbacks=[Die()])
+    resumed = run(tmp_path / "run", save_every=1, resume=True)
+    assert all(torch.equal(resumed.state_dict()[name], t) for name, t in whole.state_dict().items())
+
+    certificate = export(tmp_path / "whole", tmp_path / "adapter", read_record(tmp_path / "whole"), DOMAINS)
+    assert certificate["merge_max_abs_error"] <= 1e-4
+    loaded = load(tmp_path / "adapter", DOMAINS)
+    assert torch.equal(norms_of(loaded)[0], own)
+    batch = whole.example_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(batch), whole.eval()(batch))
+
+
+@pytest.mark.parametrize("method", [BitFit, NormBias, NormTuning])
+def test_statistics_that_are_not_there_cannot_be_saved(method):
+    with pytest.raises(
+        GraftError, match=f"{method.__name__} statistics is 'saved', but it trains no norm of Sequential"
+    ):
+        adapted(method(statistics="saved"), nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), None)
+
+
+def test_recomputed_blocks_would_count_a_batch_twice():
+    task = ToyTask(NormTuning(statistics="saved"))
+    task.attached = adapted(NormTuning(statistics="saved"))
+    with pytest.raises(GraftError, match="gradient_checkpointing with NormTuning would update"):
+        task._refuse_double_statistics()
+    task.attached = adapted(NormTuning())
+    task._refuse_double_statistics()
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

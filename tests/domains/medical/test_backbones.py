@@ -172,6 +172,8 @@ REFUSED = {
         *((method, r"it takes Linear") for method in LINEAR_ONLY),
         ("BEFT", r"Role 'attention_qkv' matches no module of this"),
         ("Houlsby", r"Role 'attention_out' matches no module of this"),
+        ("DiffFit", r"Role 'attention_out' matches no module of this"),
+        ("SCT", r"Role 'attention_out' matches no module of this"),
         ("Pfeiffer", r"Role 'ffn_out' matches no module of this"),
         ("Compacter", r"Role 'attention_out' matches no module of this"),
         ("ParallelAdapter", r"Role 'ffn' matches no module of this"),

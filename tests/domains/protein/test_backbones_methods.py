@@ -88,7 +88,10 @@ REFUSED = {
     ("NormTuning", "unirep"): "NormTuning finds no norm",
     ("BEFT", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
     **{("ConvAdapter", key): "Role 'conv' matches no module" for key in NETWORKS},
-    ("Houlsby", "unirep"): "Role 'attention_out' matches no module of this unirep",
+    **{
+        (method, "unirep"): "Role 'attention_out' matches no module of this unirep"
+        for method in ("Houlsby", "DiffFit", "SCT")
+    },
     ("Pfeiffer", "unirep"): "Role 'ffn_out' matches no module of this unirep",
     **{
         (name, "unirep"): f"{name} cannot act on this unirep backbone: it reads residues one after another"
