@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -40,11 +40,23 @@ def calibrate(attached: Attached, loader: DataLoader[Any], loss: Callable[[Any],
     bare = {name: layer.get_base_layer() for name, layer in layers.items()}
     gather = _gradients if wanted.of in ("gradient", "fisher") else _activations
     batches = first_batches(loader, wanted.batches, singly=wanted.of == "fisher")
-    with torch.random.fork_rng(devices=[]), cast("Any", attached.model).disable_adapter():
+    with torch.random.fork_rng(devices=[]), _bare(attached.model):
         torch.manual_seed(seed)
         seen = gather(bare, wanted, (functools.partial(loss, batch) for batch in batches))
     attached.spec.calibrate(layers, {name: _shared(value) for name, value in seen.items()})
     recount(attached)
+
+
+@contextlib.contextmanager
+def _bare(model: nn.Module) -> Generator[None]:
+    """Disable the adapters inside the block; PEFT enables them again with all their parameters trainable."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with cast("Any", model).disable_adapter():
+            yield
+    finally:
+        for parameter, trains in before.items():
+            parameter.requires_grad_(trains)
 
 
 def _gradients(layers: Mapping[str, nn.Module], wanted: Calibration, losses: Iterable[Loss]) -> dict[str, Tensor]:
