@@ -79,6 +79,8 @@ TASKS = {
     "LastBlocks": lambda: ToyTask(spec_of("LastBlocks")),
     "LinearProbe": lambda: ToyTask(spec_of("LinearProbe")),
     "FullFineTune": lambda: ToyTask(spec_of("FullFineTune")),
+    "AdaLoRA": lambda: ToyTask(spec_of("AdaLoRA", warmup=0.0, every=2)),
+    "VBLoRA": lambda: ToyTask(spec_of("VBLoRA", dropout=0.1)),
     "VeRA": lambda: ToyTask(spec_of("VeRA", dropout=0.1)),
     "IA3": lambda: ToyTask(spec_of("IA3")),
     "LoRA-pissa": lambda: ToyTask(spec_of("LoRA", init="pissa")),

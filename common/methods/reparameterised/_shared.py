@@ -108,7 +108,8 @@ class RandLoRA(OnLinear):
     W + s sum_j B_j diag(l_j) A diag(g_j): n = ceil(min(in, out) / rank) frozen random pairs B_j, A, shared by all
     layers, that together reach full rank; l_j (length rank) and g_j (length min(in, out)) train, l = 0 at the start,
     s = alpha / rank. Trainable parameters: n (rank + min(in, out)) for each layer; a *greater* rank means *fewer*.
-    Where a full rank matters; linear layers only. Merges without a trace.
+    Where a full rank matters; linear layers only. Merges without a trace. PEFT's tuner pairs the columns of the B_j and
+    the rows of A in another order than the paper; all are random, so the reach is the same.
 
     Args:
         rank: Rank of one basis.

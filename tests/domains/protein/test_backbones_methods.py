@@ -86,6 +86,7 @@ def test_a_bert_has_the_roles_of_an_esm():
 ON = {("SSF", "unirep"): ["all"], **{("InvertibleAdapter", key): ["embed"] for key in NETWORKS}}
 REFUSED = {
     ("NormTuning", "unirep"): "NormTuning finds no norm",
+    ("BOFT", "unirep"): "needs inputs that 4 divides, and 'layers.0.wx' has 10",
     ("BEFT", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
     **{("ConvAdapter", key): "Role 'conv' matches no module" for key in NETWORKS},
     **{
@@ -146,7 +147,7 @@ def test_every_method_trains_and_reloads_on_every_network_or_says_why_not(key, m
     torch.optim.AdamW(trained, lr=0.05).step()
     attached.train(False)
     after = run(attached.model)
-    assert not torch.allclose(after, bare, atol=1e-4)
+    assert not torch.allclose(after, bare, atol=1e-5)
     fresh = tiny(key).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT finds no hub configuration
