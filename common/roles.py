@@ -34,6 +34,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "ffn": ("ffn_in", "ffn_out"),
     "all": ("attention_qkv", "attention_out", "ffn_in", "ffn_out", "conv", "recurrent"),
 }
+# What an `attention_qkv` module computes: one of them, or a fused module all, each in a third of its outputs.
+SHARES = ("attention_q", "attention_k", "attention_v")
 
 NORMS: tuple[type[nn.Module], ...] = (
     nn.LayerNorm,
@@ -124,6 +126,9 @@ class Family:
             next one reads, alone or first in a tuple; None where there are none.
         grid: Says of a model and one of its layers how the tokens that the layer reads lie in an image, or None where
             they are in no order of one (windows); None for a family of other inputs.
+        projections: Pattern (matched in full) of the names of the `attention_qkv` modules that compute queries, keys or
+            values alone, by `SHARES`.
+        fused: Pattern of those that compute all three, in thirds of their outputs.
     """
 
     name: str
@@ -133,6 +138,8 @@ class Family:
     tokens: TokenStream | str = "nothing is said of how its blocks take tokens"
     stream: str | None = None
     grid: Callable[[nn.Module, str], Grid | None] | None = None
+    projections: Mapping[str, str] = field(default_factory=dict)
+    fused: str = ""
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -141,6 +148,12 @@ class Family:
         for role in self.roles:
             if role not in ROLES:
                 raise unknown("role", role, ROLES)
+
+    def shares(self, name: str) -> tuple[str, ...]:
+        """Return which of queries, keys and values an `attention_qkv` module computes; nothing where it is not said."""
+        if re.fullmatch(self.fused, name):
+            return SHARES
+        return tuple(share for share, pattern in self.projections.items() if re.fullmatch(pattern, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +168,7 @@ class RoleMap:
         tokens: How its blocks take tokens, or why they take none.
         stream: Those of the blocks that put out the hidden state; see `Family.stream`.
         grid_of: The layer's name to its grid of tokens; see `Family.grid`.
+        shares: Name of each `attention_qkv` module to what it computes of `SHARES`.
     """
 
     family: str
@@ -164,6 +178,7 @@ class RoleMap:
     tokens: TokenStream | str = ""
     stream: tuple[str, ...] = ()
     grid_of: Callable[[str], Grid | None] = field(default=lambda name: None)
+    shares: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def count(self) -> dict[str, int]:
         """Return how many modules carry each role."""
@@ -177,9 +192,11 @@ class RoleMap:
 
         Args:
             on: Roles (`ffn_in`) or groups (`attention`, `ffn`, `all`). `all` takes every role that a weight adapter can
-                act on and never the head, the norms, the stem or an embedding. Each may be narrowed down by `@first:N`
-                or `@last:N`, the first or last N of the blocks that hold such modules, and by `@PART`, a part that the
-                family names. Narrowings apply from left to right: `attention@decoder@last:2`.
+                act on and never the head, the norms, the stem or an embedding. `attention_q`, `attention_k` and
+                `attention_v` take the modules that compute queries, keys or values, fused ones too (see `thirds`). Each
+                may be narrowed down by `@first:N` or `@last:N`, the first or last N of the blocks that hold such
+                modules, and by `@PART`, a part that the family names. Narrowings apply from left to right:
+                `attention@decoder@last:2`.
 
         Returns:
             Module name to role, in the model's order.
@@ -196,12 +213,30 @@ class RoleMap:
             wanted.update(self.narrow(item, self._carrying(role), narrowings))
         return {name: role for name, role in self.role_of.items() if name in wanted}
 
+    def thirds(self, on: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """Return the fused modules of which only queries, keys or values are wanted.
+
+        Args:
+            on: As in `select`.
+
+        Returns:
+            Module name to the wanted thirds of its outputs, of 0, 1, 2; a module that is wanted as a whole is left out.
+        """
+        wanted: dict[str, set[int]] = {}
+        for item in on:
+            role, *narrowings = item.split("@")
+            thirds = {SHARES.index(role)} if role in SHARES else {0, 1, 2}
+            for name in self.narrow(item, self._carrying(role), narrowings):
+                if self.shares.get(name) == SHARES:
+                    wanted[name] = wanted.get(name, set()) | thirds
+        return {name: tuple(sorted(thirds)) for name, thirds in wanted.items() if len(thirds) < len(SHARES)}
+
     def _carrying(self, item: str) -> list[str]:
         """Return the modules that carry a role or a role of a group."""
-        if item not in ROLES and item not in GROUPS:
-            raise unknown("role", item, (*ROLES, *GROUPS))
+        if item not in ROLES and item not in GROUPS and item not in SHARES:
+            raise unknown("role", item, (*ROLES, *GROUPS, *SHARES))
         roles = GROUPS.get(item, (item,))
-        names = [name for name, role in self.role_of.items() if role in roles]
+        names = [name for name, role in self.role_of.items() if role in roles or item in self.shares.get(name, ())]
         if not names:
             raise GraftError(
                 f"Role '{item}' matches no module of this {self.family} backbone. "
@@ -294,6 +329,7 @@ def resolve(model: nn.Module, family: Family) -> RoleMap:
         tokens=family.tokens,
         stream=tuple(name for name in blocks if family.stream and re.fullmatch(family.stream, name)),
         grid_of=(lambda name: None) if family.grid is None else functools.partial(family.grid, model),
+        shares={name: family.shares(name) for name, role in role_of.items() if role == "attention_qkv"},
     )
 
 

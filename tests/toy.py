@@ -32,6 +32,7 @@ FAMILY = Family(
         "norm": (Pattern(r".*norm\d?", NORMS),),
     },
     tokens=TokenStream(blocks=r"blocks\.\d+", attention=Pattern(r"blocks\.\d+", (nn.Module,))),
+    fused=r"blocks\.\d+\.qkv",
 )
 
 

@@ -77,6 +77,8 @@ VIT = Family(
         rotary=("rope", "cat"),  # of EVA
         biased=True,  # in BEiT
     ),
+    projections={f"attention_{share}": rf"blocks\.\d+\.attn\.{share}_proj" for share in "qkv"},
+    fused=r"blocks\.\d+\.attn\.qkv",
 )
 SWIN = Family(
     name="swin",
@@ -92,6 +94,7 @@ SWIN = Family(
         "norm": _NORM,
     },
     tokens="it attends within windows of a grid, in which a prompt has no place",
+    fused=r"layers\.\d+\.blocks\.\d+\.attn\.qkv",
 )
 CONVNEXT = Family(
     name="convnext",
@@ -120,6 +123,9 @@ EFFICIENTNET = Family(
         "norm": _NORM,
     },
     tokens=_NO_TOKENS,
+    projections={
+        f"attention_{name[0]}": rf"blocks\.\d+\.\d+\.attn\.{name}\.proj" for name in ("query", "key", "value")
+    },
 )
 RESNET = Family(
     name="resnet",

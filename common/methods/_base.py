@@ -129,11 +129,14 @@ class OnModules(MethodSpec):
     """A method that acts on chosen modules.
 
     Args:
-        on: Roles or groups of roles (`attention`, `ffn`, `conv`, `all`, ...); names are resolved per backbone family.
+        on: Roles or groups of roles (`attention`, `attention_q`, `ffn`, `conv`, `all`, ...); names are resolved per
+            backbone family.
             `@` narrows one down to the first or last blocks that hold such modules (`attention@last:4`), or to a part
             that the family names (`attention@decoder`, `attention@decoder@last:2`).
         target_modules: Exact module names instead of roles, for an architecture that has no family.
     """
+
+    takes_thirds: ClassVar[bool] = False  # whether it can act on the queries, keys or values of a fused module alone
 
     on: list[str] = field(default_factory=lambda: ["all"])
     target_modules: list[str] | None = None
@@ -158,7 +161,17 @@ class OnModules(MethodSpec):
                 f"{type(model).__name__} belongs to no family that Graft knows, so 'on: {self.on}' cannot be resolved. "
                 "Give 'target_modules' with exact module names, or add a family (CONTRIBUTING.md)."
             )
+        if not self.takes_thirds and (fused := roles.thirds(self.on)):
+            name = next(iter(fused))
+            raise GraftError(
+                f"{type(self).__name__} cannot act on the queries, keys or values of '{name}' alone, which computes "
+                "all three. Choose attention_qkv with 'on', or LoRA."
+            )
         return roles.select(self.on)
+
+    def thirds(self, roles: RoleMap | None) -> dict[str, tuple[int, ...]]:
+        """Return the chosen modules of which only queries, keys or values are wanted; see `RoleMap.thirds`."""
+        return roles.thirds(self.on) if roles is not None and self.target_modules is None else {}
 
 
 def require_types(method: str, model: nn.Module, names: Mapping[str, str], allowed: Sequence[str]) -> None:

@@ -93,10 +93,11 @@ class VPTShallow(_PromptTokens):
 
     n trained tokens P of shape (n, d) run beside the network's own through all of its blocks, [x', z'] = f([x, z]) with
     z = P in front of the first block; behind the last one they are dropped, so that the head sees the tokens that it
-    always sees. They start uniformly within sqrt(3 / d) and are no identity at the start. Trainable parameters: n d.
-    The paper tries n from 1 to 200 by task; the authors drop 0.1 of the prompts. For vision transformers, and here for
-    any encoder whose blocks attend to all tokens; with few examples, where even a small adapter overfits. VPTDeep is
-    the stronger one in the paper. Attention costs time and memory for n tokens more; nothing can be merged.
+    always sees. They start uniformly within sqrt(3 / d), which is the paper's bound for ViT-B/16, and are no identity
+    at the start. Trainable parameters: n d. The paper chooses n for each task, and its runs drop 0.1 of the prompts.
+    For vision transformers, and here for any encoder whose blocks attend to all tokens; with few examples, where even a
+    small adapter overfits. VPTDeep is the stronger one in the paper. Try far higher learning rates than for LoRA.
+    Attention costs time and memory for n tokens more; nothing can be merged.
 
     Args:
         length: Number n of prompts.
@@ -116,11 +117,11 @@ class VPTDeep(_PromptTokens):
     """Visual prompt tuning with prompts of its own in every block (VPT-deep; Jia et al. 2022, arXiv 2203.12119).
 
     Block i runs as [x', z'] = f([x, P_i]) with n trained tokens P_i of shape (n, d), and z' is dropped: each block's
-    own tokens attend to prompts that its projections read like any token. They start uniformly within sqrt(3 / d) and
-    are no identity at the start. Trainable parameters: n d for each block. The paper tries n from 1 to 100 by task; the
-    authors drop 0.1 of the prompts. For vision transformers, and here for any encoder whose blocks attend to all
-    tokens; it wants far higher learning rates than LoRA. Attention costs time and memory for n tokens more; nothing can
-    be merged.
+    own tokens attend to prompts that its projections read like any token. They start uniformly within sqrt(3 / d),
+    which is the paper's bound for ViT-B/16, and are no identity at the start. Trainable parameters: n d for each block.
+    The paper chooses n for each task, and its runs drop 0.1 of the prompts. For vision transformers, and here for any
+    encoder whose blocks attend to all tokens. Try far higher learning rates than for LoRA. Attention costs time and
+    memory for n tokens more; nothing can be merged.
 
     Args:
         length: Number n of prompts a block.

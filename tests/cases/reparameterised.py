@@ -98,6 +98,17 @@ def _c3a(spec, layer, role):
     return math.prod(matrix(layer)) // _divisor(math.gcd(*matrix(layer)), spec.block)
 
 
+def _lora_of_two_thirds(spec, layer, role):
+    rows, columns = matrix(layer)
+    return 2 * (spec.rank * (rows // 3 + columns) + rows // 3 * spec.dora)
+
+
+def _lora_by_block(spec, model, targets):
+    """Queries in each of the three blocks, values in the last two."""
+    rows, columns = matrix(model.blocks[0].qkv)
+    return 5 * spec.rank * (rows // 3 + columns)
+
+
 def _vera(spec, layer, role):
     return spec.rank + layer.out_features
 
@@ -164,6 +175,10 @@ CASES = {
     "LoRA-olora": _variant({"init": "olora"}, exact_start=False, moves_weight=True, random_start=False),
     "LoRA-eva": _variant({"init": "eva", "batches": 2}),
     "LoRA-one-role": _variant({"on": ["attention_qkv"]}),
+    "LoRA-query-value": _variant({"on": ["attention_q", "attention_v@last:2"]}, total=_lora_by_block),
+    "LoRA-key-value-dora": _variant(
+        {"on": ["attention_k", "attention_v"], "dora": True}, per_layer=_lora_of_two_thirds
+    ),
     "LoRA-norms-by-name": _variant({"target_modules": ["blocks.1.fc1", "embed"]}),
     "LoRA-thin": _variant(None, {"rank": 6, "dora": True, "init": "gaussian", "on": ["stem", "all"]}),
     "LoRA-peft": _variant(None, {"target_modules": _LINEAR}),

@@ -297,3 +297,59 @@ def test_a_backbone_without_blocks_or_parts_says_so():
 def test_a_part_needs_a_plain_name():
     with pytest.raises(GraftError, match="Part 'last:1' of family 'fam'"):
         family(parts={"last:1": "x"})
+
+
+# ---- queries, keys and values
+
+
+def split():
+    """Two blocks with a layer for each, and one that computes all three."""
+    net = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList(
+                nn.ModuleDict({name: nn.Linear(2, 2) for name in ("query", "key", "value", "out")}) for _ in range(2)
+            ).append(nn.ModuleDict({"all": nn.Linear(2, 6), "out": nn.Linear(2, 2)}))
+        }
+    )
+    roles = {
+        "attention_qkv": (Pattern(r"blocks\.\d\.(query|key|value|all)", LINEAR),),
+        "attention_out": (Pattern(r"blocks\.\d\.out", LINEAR),),
+    }
+    singles = {f"attention_{name[0]}": rf"blocks\.\d\.{name}" for name in ("query", "key", "value")}
+    return resolve(
+        net, Family(name="fam", block=r"blocks\.\d", roles=roles, projections=singles, fused=r"blocks\.\d\.all")
+    )
+
+
+@pytest.mark.parametrize(
+    ("on", "chosen", "thirds"),
+    [
+        (["attention_q"], ["0.query", "1.query", "2.all"], {"2.all": (0,)}),
+        (["attention_v", "attention_q"], ["0.query", "0.value", "1.query", "1.value", "2.all"], {"2.all": (0, 2)}),
+        (["attention_k@first:1"], ["0.key"], {}),
+        (["attention_k@last:1", "attention_out"], ["0.out", "1.out", "2.all", "2.out"], {"2.all": (1,)}),
+        (["attention_q", "attention_k", "attention_v"], None, {}),
+        (["attention_v", "attention_qkv@last:1"], ["0.value", "1.value", "2.all"], {}),
+        (["attention_v", "all"], "all", {}),
+    ],
+)
+def test_queries_keys_and_values_are_chosen_alone(on, chosen, thirds):
+    roles = split()
+    found = [name.removeprefix("blocks.") for name in roles.select(on)]
+    every = [name.removeprefix("blocks.") for name in roles.role_of]
+    assert found == {None: [name for name in every if "out" not in name], "all": every}.get(
+        chosen if not isinstance(chosen, list) else "", chosen
+    )
+    assert {name.removeprefix("blocks."): some for name, some in roles.thirds(on).items()} == thirds
+    assert set(roles.select(on).values()) <= {"attention_qkv", "attention_out"}
+
+
+def test_a_network_that_does_not_say_has_no_queries():
+    net = Net(proj=nn.Linear(2, 2))
+    with pytest.raises(GraftError, match="Role 'attention_q' matches no module of this fam backbone"):
+        resolve(net, family(attention_qkv=[Pattern("proj", LINEAR)])).select(["attention_q"])
+
+
+def test_a_mistyped_share_is_answered_with_the_right_one():
+    with pytest.raises(GraftError, match="Did you mean 'attention_v'"):
+        split().select(["attention_w"])

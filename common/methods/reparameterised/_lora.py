@@ -32,6 +32,9 @@ _DOWN = {"lora_A", "lora_embedding_A", "wlora_A"}
 _UP = {"lora_B", "lora_embedding_B", "wlora_B"}
 
 
+_SHARES = ("queries", "keys", "values")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(OnModules):
     """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685).
@@ -44,8 +47,9 @@ class LoRA(OnModules):
 
     PEFT's own tuner does it. Where a target is a convolution that PEFT refuses or gets wrong (transposed, grouped,
     dilated, padded otherwise than with zeros, of a class of its own, or a 3D kernel of which only the last side exceeds
-    one), Graft's own does it for all targets: it runs each layer once with W + s B A in place of W, and has no dropout
-    and the starts `default` and `gaussian` only.
+    one), or a layer that computes queries, keys and values at once and of which only some are wanted (the paper adapts
+    `attention_q` and `attention_v`; each gets an A and B of its own), Graft's own does it for all targets: it runs each
+    layer once with W + s B A in place of W, and has no dropout and the starts `default` and `gaussian` only.
 
     Args:
         rank: Rank of the change.
@@ -71,6 +75,7 @@ class LoRA(OnModules):
     summary: ClassVar[str] = "low-rank change of the weight"
     source: ClassVar[str] = "arXiv 2106.09685"
     sized_by: ClassVar[str] = "rank"
+    takes_thirds: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float | None = None
@@ -108,9 +113,11 @@ class LoRA(OnModules):
         targets = self.select(model, roles)
         eva = self.init == "eva"
         require_types("LoRA with init 'eva'" if eva else "LoRA", model, targets, _EVA_TYPES if eva else _TYPES)
-        lowered = self._lowered(model, targets)
+        thirds = self.thirds(roles)
+        lowered = self._lowered(model, targets, thirds)
         notes = _say_lowered(self.rank, lowered)
         wrong = {name: _what_the_engine_gets_wrong(model.get_submodule(name)) for name in targets}
+        wrong |= {name: " and ".join(_SHARES[third] for third in some) + " alone" for name, some in thirds.items()}
         wrong = {name: reason for name, reason in wrong.items() if reason}
         if not wrong:
             config = self._engine_config(targets, lowered)
@@ -127,7 +134,7 @@ class LoRA(OnModules):
         self._refuse_what_weight_space_lacks(f"PEFT's own tuner cannot do '{name}' ({reason})")
         engine = f"LoRA runs in Graft's own tuner, since PEFT's cannot do {len(wrong)} of {len(targets)} layers: "
         engine += listed([f"{name} ({reason})" for name, reason in wrong.items()]) + "."
-        return Plan(peft_config=self._own_config(targets), targets=targets, notes=(engine, *notes))
+        return Plan(peft_config=self._own_config(targets, thirds), targets=targets, notes=(engine, *notes))
 
     def after_attach(self, model: nn.Module) -> None:
         """Freeze A where that is wanted."""
@@ -144,11 +151,14 @@ class LoRA(OnModules):
         alpha = self.alpha if self.alpha is not None else 2 * self.rank
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def _lowered(self, model: nn.Module, targets: Mapping[str, str]) -> dict[str, int]:
+    def _lowered(
+        self, model: nn.Module, targets: Mapping[str, str], thirds: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, int]:
         """Return the rank of every layer that is too thin for the wanted one."""
         from common.tuners import matrix_shape
 
-        sizes = {name: min(matrix_shape(model.get_submodule(name))) for name in targets}
+        shapes = {name: matrix_shape(model.get_submodule(name)) for name in targets}
+        sizes = {name: min(rows // (3 if name in thirds else 1), columns) for name, (rows, columns) in shapes.items()}
         if self.init == "orthogonal" and self.rank % 2 == 0:  # it takes even ranks only
             sizes = {name: size - size % 2 for name, size in sizes.items()}
             if too_thin := [name for name, size in sizes.items() if not size]:
@@ -201,11 +211,16 @@ class LoRA(OnModules):
             init_lora_weights=True if self.init in ("default", "eva") else self.init,
         )
 
-    def _own_config(self, targets: Mapping[str, str]) -> PeftConfig:
+    def _own_config(self, targets: Mapping[str, str], thirds: Mapping[str, tuple[int, ...]]) -> PeftConfig:
         from common.tuners import WeightLoraConfig
 
         return WeightLoraConfig(
-            target_modules=exact(list(targets)), r=self.rank, scale=self._scale, dora=self.dora, init=self.init
+            target_modules=exact(list(targets)),
+            r=self.rank,
+            scale=self._scale,
+            dora=self.dora,
+            init=self.init,
+            thirds={name: list(some) for name, some in thirds.items()},
         )
 
     def _refuse_what_weight_space_lacks(self, because: str) -> None:

@@ -96,6 +96,7 @@ UNETR = Family(
         blocks=r"vit\.blocks\.\d+",
         alone="its attention is computed by hand, where no key can be added",
     ),
+    fused=r"vit\.blocks\.\d+\.attn\.qkv",
 )
 
 SWIN_UNETR = Family(
@@ -117,6 +118,7 @@ SWIN_UNETR = Family(
         "norm": _NORM,
     },
     tokens="it attends within windows of a grid, in which a prompt has no place",
+    fused=r"swinViT\.layers\d\.0\.blocks\.\d+\.attn\.qkv",
 )
 
 DYNUNET = Family(

@@ -30,6 +30,9 @@ def _bert(name: str) -> Family:
             mask=("attention_mask", 0),
             rotary=("position_embeddings", "pair"),  # of ESM-2
         ),
+        projections={
+            f"attention_{part[0]}": rf"{layer}\.attention\.self\.{part}" for part in ("query", "key", "value")
+        },
     )
 
 
@@ -54,6 +57,7 @@ T5 = Family(
         attention=Pattern(rf"{_T5_LAYER}\.0\.SelfAttention", (nn.Module,)),
         fixed="it scores tokens by their distance, which a prompt has not",
     ),
+    projections={f"attention_{part}": rf"{_T5_LAYER}\.0\.SelfAttention\.{part}" for part in "qkv"},
 )
 
 UNIREP = Family(

@@ -12,6 +12,10 @@ EMBEDDING = (nn.Embedding,)
 _BOTH = r"(q_proj|k_proj|v_proj)"
 
 
+def _projections(attention: str) -> dict[str, str]:
+    return {f"attention_{part}": rf"{attention}\.{part}_proj" for part in "qkv"}
+
+
 def _whisper(name: str, encoder: str, decoder: str | None) -> Family:
     sides = [encoder] if decoder is None else [encoder, decoder]
     layer = rf"({'|'.join(rf'{side}layers' for side in sides)})\.\d+"
@@ -38,6 +42,7 @@ def _whisper(name: str, encoder: str, decoder: str | None) -> Family:
             attention=Pattern(rf"{layer}\.self_attn", (nn.Module,)),
             mask=("attention_mask", 0),
         ),
+        projections=_projections(attention),
     )
 
 
@@ -74,6 +79,7 @@ def _wave(name: str, projection: str, layer: str, attention: str | None, *, fixe
             mask=("attention_mask", 0),
             fixed=fixed,
         ),
+        projections=_projections(rf"{layer}\.attention"),
     )
 
 

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
@@ -193,3 +195,37 @@ def test_no_activation_but_the_layers_input_is_kept(kind):
     assert len(others) < len(kept)
     weights = {bare.weight.numel(), *(p.numel() for p in model.layer.parameters())}
     assert {t.numel() for t in others} <= weights
+
+
+# ---- thirds of the rows
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    thirds=st.sets(st.integers(0, 2), min_size=1, max_size=2).map(sorted),
+    size=st.integers(1, 4),
+    columns=st.integers(1, 6),
+    rank=st.integers(1, 5),
+    dora=st.booleans(),
+)
+def test_thirds_of_the_rows_are_changed_each_by_its_own(thirds, size, columns, rank, dora):
+    layer = nn.Linear(columns, 3 * size)
+    model = random(wrap(layer, r=rank, dora=dora, thirds={"layer": thirds}))
+    tuned = model.base_model.model.layer
+    fitting = min(rank, size, columns)
+    down, up = tuned.wlora_A["default"], tuned.wlora_B["default"]
+    assert down.shape == (len(thirds) * fitting, columns)
+    assert up.shape == (len(thirds) * size, fitting)
+    expected = layer.weight.detach().clone()
+    for place, third in enumerate(thirds):
+        rows = slice(third * size, (third + 1) * size)
+        own = slice(place * size, (place + 1) * size)
+        changed = expected[rows] + 1.5 * up[own] @ down[place * fitting : (place + 1) * fitting]
+        if dora:
+            changed = changed * (tuned.wlora_magnitude["default"][own] / changed.norm(dim=1)).unsqueeze(1)
+        expected[rows] = changed.detach()
+    found = tuned.exchanged("default")["weight"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for third in {0, 1, 2} - set(thirds):
+        rows = slice(third * size, (third + 1) * size)
+        assert torch.equal(found[rows], layer.weight[rows])

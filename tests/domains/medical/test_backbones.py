@@ -253,6 +253,31 @@ def test_every_method_trains_and_reloads_on_every_network_or_says_why_not(key, d
     torch.testing.assert_close(run(fresh.eval()), after, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("key", "out"), [("unetr", "out_proj"), ("swin", "proj")])
+@torch.no_grad()
+def test_the_thirds_of_a_fused_projection_are_queries_keys_and_values(key, out):
+    """The same vector added to all keys changes no softmax, and added to all values the mixed ones by itself."""
+    built = build_net(key, 2)
+    roles = resolve(built.model, built.family)
+    assert list(roles.shares) == [name for name, role in roles.role_of.items() if role == "attention_qkv"]
+    name = next(iter(roles.shares))
+    qkv = built.model.get_submodule(name)
+    added = [torch.zeros(qkv.out_features)]
+    qkv.register_forward_hook(lambda module, args, result: result + added[0])
+    mixed = []
+    last = built.model.get_submodule(name.removesuffix("qkv") + out)
+    last.register_forward_pre_hook(lambda module, args: mixed.append(args[0]))
+    size = qkv.out_features // 3
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    for third in (None, 0, 1, 2):
+        if third is not None:
+            added[0] = torch.cat([vector * (place == third) for place in range(3)])
+        features(built, built.model, images(key, 2, count=1))
+    torch.testing.assert_close(mixed[2], mixed[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed[3], mixed[0] + vector, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed[1], mixed[0], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("key", "on", "blocks"),
     [

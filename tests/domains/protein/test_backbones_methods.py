@@ -175,6 +175,13 @@ def test_a_method_without_its_roles_names_those_that_there_are():
         attach(built.model, METHODS["SSF"](), built.family)
 
 
+def test_queries_and_values_are_chosen_alone():
+    built = tiny("esm2")
+    attached = attach(built.model, LoRA(rank=2, on=["attention_q", "attention_v"]), built.family)
+    assert [name.rpartition(".")[2] for name in attached.plan.targets] == ["query", "value"] * 2
+    probe(attached, lambda: residue_features(built, attached.model, *proteins()))
+
+
 @pytest.mark.parametrize("key", ["esm2", "unirep"])
 def test_lora_merges_without_a_trace(key):
     built = tiny(key)

@@ -160,6 +160,15 @@ def test_every_method_trains_and_reloads_on_every_network(folders, key, method, 
 
 
 @pytest.mark.parametrize("key", NETWORKS)
+def test_queries_and_values_are_chosen_alone(folders, key):
+    built = tiny(folders, key)
+    attached = attach(built.model, LoRA(rank=2, on=["attention_q", "attention_v"]), built.family)
+    ends = [name.rpartition(".")[2] for name in attached.plan.targets]
+    assert set(ends) == {"q_proj", "v_proj"}
+    assert len(ends) * 3 == 2 * ROLES[key]["attention_qkv"]
+
+
+@pytest.mark.parametrize("key", NETWORKS)
 def test_lora_merges_without_a_trace_and_disabled_it_is_the_base(folders, key):
     built = tiny(folders, key)
     with torch.no_grad():
