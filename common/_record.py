@@ -17,6 +17,7 @@ from common.checkpoint import LAST, write_atomically
 from common.cost import CostMeter
 from common.errors import GraftError
 from common.exchange import adapter_bytes
+from common.split_data import SplitData
 from common.task import AdaptedTask
 
 METRICS = "metrics.json"
@@ -159,7 +160,7 @@ def record_of(
         "val": {},
         "test": None,
         "cost": cost,
-        "data": task.describe_data(data),
+        "data": task.describe_data(data) | (data.describe_splits() if isinstance(data, SplitData) else {}),
         "environment": {
             "graft": __version__,
             "python": platform.python_version(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lightning import LightningDataModule
@@ -26,6 +29,29 @@ class SplitData(LightningDataModule, Generic[RecordT, FactsT]):
     def _eval_loader(self, split: Split) -> DataLoader[Any]:
         """Return the records of a split as they are evaluated."""
         raise NotImplementedError
+
+    def _content(self, record: RecordT) -> str | Path | None:
+        """Return what makes two records the same example: a text, or a file whose bytes do; None where unknown."""
+        return None
+
+    def describe_splits(self) -> dict[str, Any]:
+        """Return a digest of each split's ids (`splits`), and how many contents two splits share (`shared`).
+
+        Files are compared where their sizes agree, byte for byte; `shared` is empty where contents are unknown.
+        """
+        used = [split for split in SPLITS if self._records[split]]
+        ids = {split: sorted(str(getattr(record, "id", record)) for record in self._records[split]) for split in used}
+        digests = {split: hashlib.sha256("\n".join(names).encode()).hexdigest() for split, names in ids.items()}
+        found = {split: _contents([self._content(record) for record in self._records[split]]) for split in used}
+        by_size = {split: {content for content in found[split] if isinstance(content, Path)} for split in used}
+        sizes = {split: {path: path.stat().st_size for path in paths} for split, paths in by_size.items()}
+        shared: dict[str, int] = {}
+        for one, two in combinations([split for split in used if found[split]], 2):
+            texts = {c for c in found[one] if isinstance(c, str)} & {c for c in found[two] if isinstance(c, str)}
+            alike = set(sizes[one].values()) & set(sizes[two].values())
+            hashes = [{_hash(path) for path, size in sizes[split].items() if size in alike} for split in (one, two)]
+            shared[f"{one}-{two}"] = len(texts) + len(hashes[0] & hashes[1])
+        return {"splits": digests, "shared": shared}
 
     @property
     def facts(self) -> FactsT:
@@ -63,3 +89,13 @@ class SplitData(LightningDataModule, Generic[RecordT, FactsT]):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Return the test records as they are evaluated."""
         return self._eval_loader("test")
+
+
+def _contents(given: Sequence[str | Path | None]) -> set[str | Path]:
+    """Keep what can be compared: texts, and files that are there."""
+    return {content for content in given if isinstance(content, str) or (content is not None and content.is_file())}
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -260,14 +260,13 @@ def _sample(
 ) -> Sample:
     """Put a method's results together; scores count only where every seed has them, of the same examples as others."""
     whole = all(seed in parts and tuple(sorted(parts[seed].ids)) == orders[seed] for seed in seeds)
-    sizes = {len(orders[seed]) for seed in seeds if seed in orders}
-    if not seeds or not whole or len(sizes) != 1:
+    if not seeds or not whole:
         return Sample(seeds=seeds, values=values)
     return Sample(
         seeds=seeds,
         values=values,
         weighted=tuple(_reordered(parts[seed], orders[seed]) for seed in seeds),
-        examples=sizes.pop(),
+        sizes=tuple(len(orders[seed]) for seed in seeds),
         nested=len(set(orders.values())) > 1,
     )
 

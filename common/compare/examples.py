@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def contradicts(rows: Rows, name: str, recorded: float) -> float | None:
     if not rows or not (name == "accuracy" or name.startswith("wer_")):
         return None
     everyone = np.ones((1, len(rows)))
-    values = [float(made.metric(everyone)[0]) for made, _ in _ways(rows, name)]
+    values = [float(made.metric(everyone)[0]) for made, _ in _ways(rows, name) if made.decisive]
     if not values or any(abs(value - recorded) <= _EXACT for value in values):
         return None
     return values[0]
@@ -93,21 +93,23 @@ def contradicts(rows: Rows, name: str, recorded: float) -> float | None:
 class _Way:
     metric: Weighted
     scores: Floats | None = None
+    decisive: bool = False  # it is what the metric is, whatever else the rows may hold
 
 
 def _ways(rows: Rows, name: str) -> Iterator[tuple[_Way, float]]:
     """Yield the ways to put a metric together that fit its name and the rows, with their tolerance."""
     answers = _answers(rows)
     if answers is not None and name == "accuracy":
-        yield _mean((answers[0] == answers[1]).astype(np.float64)), _EXACT
+        right = (answers[0] == answers[1]).astype(np.float64)
+        yield replace(_mean(right), decisive=True), _EXACT
     if answers is not None and name in _OF_CLASSES:
         yield _Way(metric=_OF_CLASSES[name](*answers)), _EXACT
     letters = _letters(rows) if name == "accuracy" else None
     if letters is not None:
-        yield _Way(metric=_ratio(*letters)), _EXACT
+        yield _Way(metric=_ratio(*letters), decisive=True), _EXACT
     counts = (_column(rows, "errors"), _column(rows, "words"))
     if name.startswith("wer_") and counts[0] is not None and counts[1] is not None:
-        yield _Way(metric=_ratio(counts[0], counts[1])), _EXACT
+        yield _Way(metric=_ratio(counts[0], counts[1]), decisive=True), _EXACT
     own = _column(rows, name)
     if own is not None:
         yield _mean(own), _EXACT

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from common.compare._plots import Point, pareto_svg
 from common.compare._samples import Example, Group, pictured_examples, sample_groups
 from common.compare.evidence import COSTS, Block, Standing
+from common.compare.integrity import CHECKS, Finding
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
 from common.compare.study import Study, Trial
 from common.compare.summary import Summary, overview, summarise
@@ -82,14 +83,16 @@ class Together:
     rows: tuple[tuple[str, float | None, tuple[tuple[str, float | None], ...]], ...]
 
 
-def write_report(title: str, question: str, blocks: Sequence[Block], standing: Standing | None, path: Path) -> None:
+def write_report(
+    study: Study, blocks: Sequence[Block], standing: Standing | None, findings: Sequence[Finding], path: Path
+) -> None:
     """Write the report.
 
     Args:
-        title: Its title.
-        question: What was asked, in a sentence.
+        study: The study that gives it title and question.
         blocks: The results, one for each recipe.
         standing: What they say together; None where there is one alone.
+        findings: What the checks found.
         path: The HTML file.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -99,8 +102,10 @@ def write_report(title: str, question: str, blocks: Sequence[Block], standing: S
     )
     text = page.get_template(_TEMPLATE).render(
         nothing=NOTHING,
-        title=title,
-        question=question,
+        title=study.title,
+        question=study.question,
+        checks=CHECKS,
+        findings=findings,
         together=_together(blocks, standing) if standing else None,
         sections=[_section(block, f"plot{index}") for index, block in enumerate(blocks)],
         parts=MEMORY_PARTS,
@@ -135,7 +140,7 @@ def _section(block: Block, ident: str) -> Section:
         tune_seed=study.tune_seed,
         seed=study.seeds[0],
         untrained=", ".join(row.method for row in rows if row.baseline),
-        summary=summarise(rows, runs, block.comparison, redrawn=bool(study.seed_options)),
+        summary=summarise(rows, runs, block.comparison),
         head=tuple((column.title, column.words) for column in shown),
         cells=tuple(tuple((c.text(row), c.value(row), c.words) for c in shown) for row in rows),
         plots=tuple(_plots(block, ident)),

@@ -21,8 +21,10 @@ from rich.console import Console
 
 from common._yaml import load_yaml
 from common.compare.evidence import Block, make_blocks, stand
+from common.compare.integrity import Finding, check
+from common.compare.ledger import Ledger
 from common.compare.report import write_report
-from common.compare.results import Failure, Run, choose, read_metrics
+from common.compare.results import Failure, Metrics, Run, choose, read_metrics
 from common.compare.runner import Finished, Job, cpu_count, run_jobs
 from common.compare.study import Study, Trial, load_study
 from common.compare.tables import print_table, write_csv, write_markdown
@@ -75,8 +77,8 @@ def run_studies(
         console: Where progress and the table go; by default standard output.
 
     Returns:
-        The exit code (0 where every run succeeded, 1 where one failed, 130 where the studies were stopped) and the
-        results, none where they were stopped.
+        The exit code (0 where every run succeeded, 1 where one failed or a check found a fault, 130 where the studies
+        were stopped) and the results, none where they were stopped.
 
     Raises:
         GraftError: If a run folder holds the result of another command, or another comparison is running there.
@@ -85,16 +87,21 @@ def run_studies(
         raise GraftError(f"--jobs {jobs} is not possible. Give 1 or more.")
     console, first = console or Console(), studies[0]
     width = min(jobs or max(1, cpu_count() // 2), max(len(study.tuning()) for study in studies))
-    sessions = [_Session(study=study, command=tuple(command), width=width, console=console) for study in studies]
-    for session in sessions:
-        session.refuse_foreign_folders(session.study.possible())
+    for study in studies:
+        _refuse_foreign_folders(study)
     folders = sorted({folder for study in studies for folder in (first.out, study.runs)})
     try:
         with contextlib.ExitStack() as stack:
             for folder in folders:
                 stack.enter_context(_sole_use(folder))
-            blocks = [block for session in sessions for block in make_blocks(session.study, session.run())]
-            return _write(first.title, first.question, blocks, first.out, console), blocks
+            ledgers = {study.runs: Ledger(study.runs) for study in studies}
+            blocks: list[Block] = []
+            for study in studies:
+                ledger = ledgers[study.runs]
+                session = _Session(study=study, command=tuple(command), width=width, console=console, ledger=ledger)
+                blocks += make_blocks(study, session.run())
+            findings = check(blocks, ledgers)
+            return _write(first, blocks, findings, console), blocks
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         return STOPPED, []
@@ -123,10 +130,12 @@ class _Session:
     command: tuple[str, ...]
     width: int
     console: Console
+    ledger: Ledger
     failures: dict[Path, Failure] = field(default_factory=dict[Path, Failure])
 
     def run(self) -> list[Run]:
         """Take the study through its stages; return every run of it."""
+        self.ledger.adopt([trial.folder for trial in self.study.possible()])
         untrained = self._fit(self.study.untrained(), "baselines") if self.study.baselines else []
         tuned = self._fit(self.study.tuning(), "tuning")
         winners = self._winners(tuned)
@@ -136,22 +145,6 @@ class _Session:
         folders = {trial.folder for trial in (*chosen, *self.study.untrained())}
         runs = [self._read(run.trial) for run in (*untrained, *tuned, *fitted)]
         return [replace(run, chosen=run.trial.folder in folders) for run in runs]
-
-    def refuse_foreign_folders(self, trials: Sequence[Trial]) -> None:
-        """Raise one error for every run folder that came from another command than this study's."""
-        problems: list[str] = []
-        for trial in trials:
-            stored = trial.folder / "trial.json"
-            if stored.exists():
-                if _identity(json.loads(stored.read_text(encoding="utf-8"))) != _identity(self._record(trial)):
-                    problems.append(f"'{trial.folder}' was made by another command or an earlier text of its recipe")
-            elif (trial.folder / "metrics.json").exists():
-                problems.append(f"'{trial.folder}' holds a run that this study did not start")
-        if problems:
-            lines = "".join(f"\n- {problem}." for problem in problems)
-            raise GraftError(
-                f"Results of different commands cannot be mixed. Delete these or give another --out:{lines}"
-            )
 
     def _winners(self, tuned: Sequence[Run]) -> list[Trial]:
         """The runs with the chosen learning rates: the tuned one and the seeds still to fit."""
@@ -204,15 +197,16 @@ class _Session:
 
         def describe(finished: Finished) -> str:
             folder, title = folders[id(finished.job)], finished.job.title
-            metrics = read_metrics(folder)
+            metrics, damage = _readable(folder)
             if finished.code == 0 and metrics is not None:
                 split, numbers = ("val", metrics.val) if verb == "fit" else ("test", metrics.test or {})
                 if metrics.fitted and numbers:
+                    self.ledger.note(verb, folder)
                     score = f"{split} {metrics.primary} {numbers.get(metrics.primary, float('nan')):.4f}"
                     return f"done    {title}  {score}  {finished.seconds:.0f} s"
             log_tail = finished.tail or "(the log is empty)"
             if finished.code == 0:
-                log_tail += f"\n{verb} ended with exit code 0 but left no result in metrics.json"
+                log_tail += f"\n{verb} ended with exit code 0 but left no result in metrics.json{damage}"
             self.failures[folder] = Failure(verb=verb, code=finished.code, tail=log_tail)
             indented = "\n".join(f"        {line}" for line in log_tail.splitlines())
             return f"FAILED  {title}  exit code {finished.code}, log: {finished.job.log}\n{indented}"
@@ -221,22 +215,16 @@ class _Session:
         run_jobs(list(jobs.values()), width=self.width, threads=threads, console=self.console, describe=describe)
 
     def _read(self, trial: Trial) -> Run:
-        return Run(
-            trial=trial, metrics=read_metrics(trial.folder), chosen=False, failure=self.failures.get(trial.folder)
-        )
-
-    def _record(self, trial: Trial) -> dict[str, Any]:
-        """What trial.json says: the command without its folder, which may move, and what stands around it."""
-        recipe = json.dumps(load_yaml(Path(trial.recipe)), sort_keys=True, default=str)
-        digest = hashlib.sha256(recipe.encode()).hexdigest()
-        return {"arguments": list(trial.options), "recipe_sha256": digest, "side_by_side": self.width}
+        failure = self.failures.get(trial.folder)
+        metrics = _readable(trial.folder)[0] if failure else read_metrics(trial.folder)
+        return Run(trial=trial, metrics=metrics, chosen=False, failure=failure)
 
     def _write_commands(self, trial: Trial, lines: Sequence[Sequence[str]]) -> None:
         trial.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(shlex.join((*self.command, *line)) + "\n" for line in lines)
         (trial.folder / "command.txt").write_text(text, encoding="utf-8")
         if lines[-1][0] != "test":
-            record = json.dumps(self._record(trial), indent=2)
+            record = json.dumps({**_record(trial), "side_by_side": self.width}, indent=2)
             (trial.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
 
     def _title(self, trial: Trial) -> str:
@@ -247,8 +235,37 @@ class _Session:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _readable(folder: Path) -> tuple[Metrics | None, str]:
+    """Read what a process left: None and why where it left no record that can be read."""
+    try:
+        return read_metrics(folder), ""
+    except GraftError as error:
+        return None, f": {error}"
+
+
 def _fitted(run: Run) -> bool:
     return run.metrics is not None and run.metrics.fitted and run.failure is None
+
+
+def _refuse_foreign_folders(study: Study) -> None:
+    """Raise one error for every run folder that came from another command than this study's."""
+    problems: list[str] = []
+    for trial in study.possible():
+        stored = trial.folder / "trial.json"
+        if stored.exists():
+            if _identity(json.loads(stored.read_text(encoding="utf-8"))) != _identity(_record(trial)):
+                problems.append(f"'{trial.folder}' was made by another command or an earlier text of its recipe")
+        elif (trial.folder / "metrics.json").exists():
+            problems.append(f"'{trial.folder}' holds a run that this study did not start")
+    if problems:
+        lines = "".join(f"\n- {problem}." for problem in problems)
+        raise GraftError(f"Results of different commands cannot be mixed. Delete these or give another --out:{lines}")
+
+
+def _record(trial: Trial) -> dict[str, Any]:
+    """What trial.json says: the command without its folder, which may move, and the recipe's content."""
+    recipe = json.dumps(load_yaml(Path(trial.recipe)), sort_keys=True, default=str)
+    return {"arguments": list(trial.options), "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, object]:
@@ -256,15 +273,18 @@ def _identity(record: Mapping[str, Any]) -> tuple[object, object]:
     return record.get("arguments"), record.get("recipe_sha256")
 
 
-def _write(title: str, question: str, blocks: Sequence[Block], out: Path, console: Console) -> int:
-    standing = stand(blocks)
+def _write(study: Study, blocks: Sequence[Block], findings: Sequence[Finding], console: Console) -> int:
+    standing, out = stand(blocks), study.out
     write_csv(blocks, out / "results.csv")
-    write_markdown(title, blocks, standing, out / "results.md")
-    write_report(title, question, blocks, standing, out / "report.html")
-    print_table(title, blocks, console)
+    write_markdown(study.title, blocks, standing, findings, out / "results.md")
+    write_report(study, blocks, standing, findings, out / "report.html")
+    print_table(study.title, blocks, console)
     runs = [run for block in blocks for run in block.runs]
     failed = sum(run.failure is not None for run in runs)
     if failed:
         console.print(f"{failed} of {len(runs)} runs failed: see above and the report.", highlight=False)
+    for finding in findings:
+        line = f"{'NOT TO BE BELIEVED' if finding.broken else 'Note'}: {finding.text}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {out / 'report.html'}", highlight=False, soft_wrap=True)
-    return 1 if failed else 0
+    return 1 if failed or any(finding.broken for finding in findings) else 0

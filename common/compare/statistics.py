@@ -46,14 +46,14 @@ class Sample:
         values: The metric of each seed's run, (S,).
         weighted: The metric of each seed's run as a function of the weights of n test examples; empty where the runs
             left no scores of examples.
-        examples: n; 0 where unknown.
+        sizes: n for each seed; empty as `weighted`.
         nested: Whether each seed has test examples of its own.
     """
 
     seeds: tuple[int, ...]
     values: Floats
     weighted: tuple[Weighted, ...] = ()
-    examples: int = 0
+    sizes: tuple[int, ...] = ()
     nested: bool = False
 
     @cached_property
@@ -66,7 +66,7 @@ class Sample:
         starts = [(_SEED, seed) for seed in self.seeds] if self.nested else [(_SEED, 0)]
         for place, start in enumerate(starts):
             own = range(place, place + 1) if self.nested else range(len(self.seeds))
-            for first, weights in _draws(self.examples, start):
+            for first, weights in _draws(self.sizes[place], start):
                 for run in own:
                     found[run, first : first + len(weights)] = self.weighted[run](weights)
         # Where a draw lacks what the metric needs (a class), it says nothing: the run's own value stands for it.
@@ -81,7 +81,7 @@ class Sample:
             seeds=tuple(seeds),
             values=self.values[places],
             weighted=tuple(self.weighted[place] for place in places) if self.weighted else (),
-            examples=self.examples,
+            sizes=tuple(self.sizes[place] for place in places) if self.weighted else (),
             nested=self.nested,
         )
 
@@ -126,12 +126,16 @@ def interval(sample: Sample) -> Interval | None:
     over = _over(sample)
     if not over or not np.isfinite(sample.values).all():
         return None
-    count = len(sample.seeds)
-    rng = np.random.default_rng(_SEED)
-    share = rng.multinomial(count, [1 / count] * count, size=REPEATS) / count  # (R, S)
-    weights = 1 / count + _widening(count) * (share - 1 / count)
-    low, high = np.quantile((weights.T * sample.drawn).sum(axis=0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(resampled(sample), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(low=float(low), high=float(high), over=over)
+
+
+def resampled(sample: Sample) -> Floats:
+    """Draw the mean over the seeds anew, (`REPEATS`,); the same draws for every method on the same sets."""
+    count = len(sample.seeds)
+    share = np.random.default_rng(_SEED).multinomial(count, [1 / count] * count, size=REPEATS) / count  # (R, S)
+    weights = 1 / count + _widening(count) * (share - 1 / count)
+    return (weights.T * sample.drawn).sum(axis=0)
 
 
 def difference(first: Sample, second: Sample) -> Difference | None:
@@ -156,7 +160,7 @@ def difference(first: Sample, second: Sample) -> Difference | None:
         parts.append(("seeds", float(gaps.var(ddof=1)) / len(seeds), len(seeds) - 1.0))
     if _paired(one, two):
         drawn = (one.drawn - two.drawn).mean(axis=0)
-        parts.append(("examples", float(drawn.var(ddof=1)), one.examples - 1.0))
+        parts.append(("examples", float(drawn.var(ddof=1)), (sum(one.sizes) if one.nested else one.sizes[0]) - 1.0))
     if not parts:
         return None
     return _judge(float(gaps.mean()), parts)
@@ -182,7 +186,7 @@ def _over(sample: Sample) -> str:
 
 
 def _paired(one: Sample, two: Sample) -> bool:
-    return bool(one.weighted and two.weighted) and (one.examples, one.nested) == (two.examples, two.nested)
+    return bool(one.weighted and two.weighted) and (one.sizes, one.nested) == (two.sizes, two.nested)
 
 
 def _widening(count: int) -> float:

@@ -32,16 +32,13 @@ class Summary:
     cautions: tuple[str, ...]
 
 
-def summarise(
-    rows: Sequence[Row], runs: Sequence[Run], comparison: Comparison | None = None, *, redrawn: bool = False
-) -> Summary:
+def summarise(rows: Sequence[Row], runs: Sequence[Run], comparison: Comparison | None = None) -> Summary:
     """Word the results of one recipe.
 
     Args:
         rows: Its rows.
         runs: Its runs.
         comparison: What the tests say of them; made from the rows where it is not given.
-        redrawn: Whether each seed has data of its own, so that only runs of one seed must agree on them.
 
     Returns:
         The summary.
@@ -70,7 +67,7 @@ def summarise(
             *_failures(rows, runs),
             *_tuning(trained),
             *_chance(ranked_rows, compared, runs),
-            *_sameness(runs, redrawn),
+            *_sameness(runs),
         ),
     )
 
@@ -224,7 +221,7 @@ def _chance(ranked_rows: Sequence[tuple[Row, Spread]], compared: Comparison, run
         )
     elif single:
         lines.append(f"{_listed(single)} ran with one seed only, so its spread is unknown.")
-    if any(sample.examples for sample in compared.samples.values()):
+    if any(sample.weighted for sample in compared.samples.values()):
         return lines
     most = max(spread.n for _, spread in ranked_rows)
     if most > 1:
@@ -242,13 +239,10 @@ def _chance(ranked_rows: Sequence[tuple[Row, Spread]], compared: Comparison, run
     return lines
 
 
-def _sameness(runs: Sequence[Run], redrawn: bool) -> list[str]:
+def _sameness(runs: Sequence[Run]) -> list[str]:
     """Warn where runs that stand side by side were not made alike."""
     seen = [run.metrics for run in runs if run.metrics]
     lines: list[str] = []
-    drawn = {(run.trial.seed if redrawn else 0, str(run.metrics.data.get("digest"))) for run in runs if run.metrics}
-    if len(drawn) > len({seed for seed, _ in drawn}):
-        lines.append("The runs did not all see the same data (their digests differ): do not compare them.")
     if len({str(sorted(metrics.environment.items())) for metrics in seen}) > 1:
         lines.append("The runs did not all have the same environment, so their times cannot be compared.")
     return lines

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.compare.evidence import ALPHA, COSTS, Block, Comparison, Standing, Tested
+from common.compare.integrity import Finding
 from common.compare.results import MEMORY_PARTS, Row, Spread
 
 NOTHING = "–"  # noqa: RUF001 (an en dash, as tables print it)
@@ -136,8 +137,10 @@ def print_table(title: str, blocks: Sequence[Block], console: Console) -> None:
         console.print(table)
 
 
-def write_markdown(title: str, blocks: Sequence[Block], standing: Standing | None, path: Path) -> None:
-    """Write one Markdown table for each recipe, fit for a README, and one over all of them."""
+def write_markdown(
+    title: str, blocks: Sequence[Block], standing: Standing | None, findings: Sequence[Finding], path: Path
+) -> None:
+    """Write one Markdown table for each recipe, fit for a README, one over all of them, and what checks found."""
     parts: list[str] = []
     for block in blocks:
         shown = columns(block.rows, block.comparison, every_metric=True)
@@ -151,7 +154,11 @@ def write_markdown(title: str, blocks: Sequence[Block], standing: Standing | Non
         parts.append("\n".join(lines))
     if standing:
         parts.append("\n".join(_standing(blocks, standing)))
-    path.write_text("\n\n".join([*parts, _note(blocks)]) + "\n", encoding="utf-8")
+    parts.append(_note(blocks))
+    for broken, words in ((True, "Not to be believed as it stands"), (False, "To be known")):
+        lines = [f"- {finding.text}" for finding in findings if finding.broken == broken]
+        parts += ["\n".join([f"**{words}**", "", *lines])] if lines else []
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _note(blocks: Sequence[Block]) -> str:

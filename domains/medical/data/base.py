@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -182,6 +183,10 @@ class VolumeData(SplitData[Case, VolumeFacts]):
         if self.num_workers:
             dataset.find_centres()
         return train_loader(dataset, self.batch_size, seed=self.seed, num_workers=self.num_workers, **_pin())
+
+    def _content(self, record: Case) -> Path | None:
+        # Where labels are computed, one volume may stand in all splits with slices of its own.
+        return record.image[0] if record.image and (record.label or record.target) else None
 
     def _eval_loader(self, split: Split) -> DataLoader[VolumeBatch]:
         dataset = Wholes(lambda index: self._loaded(split, index), len(self.records(split)))

@@ -126,6 +126,9 @@ class ProteinData(SplitData[Record, ProteinFacts]):
         dataset = self._dataset("train")
         return bucketed_loader(dataset, dataset.lengths, self.tokens_per_batch, seed=self.seed, **self._options())
 
+    def _content(self, record: Record) -> str:
+        return f"{record.sequence}/{record.second}"
+
     def _eval_loader(self, split: Split) -> DataLoader[ProteinBatch]:
         dataset = self._dataset(split)
         return bucketed_eval_loader(dataset, dataset.lengths, self.tokens_per_batch, **self._options())

@@ -215,6 +215,9 @@ class SpeechData(SplitData[Record, SpeechFacts]):
             return str(error)
         return f"{record.path} could not be read a moment ago."
 
+    def _content(self, record: Record) -> str | None:
+        return f"{record.content}/{record.start}/{record.end}" if record.content else None
+
     def _eval_loader(self, split: Split) -> EvalClips:
         self._needs(split)
         dataset = self._dataset(split, self.names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -147,6 +148,9 @@ class ImageData(SplitData[Record, ImageFacts]):
         """Return the shuffled, resumable loader of `ImageBatch`es."""
         dataset = self._dataset("train", augment=self.augment)
         return train_loader(dataset, self.batch_size, seed=self.seed, num_workers=self.num_workers, **_pin())
+
+    def _content(self, record: Record) -> Path:
+        return record.path
 
     def _eval_loader(self, split: Split) -> DataLoader[ImageBatch]:
         dataset = self._dataset(split, augment=False)

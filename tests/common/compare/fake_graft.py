@@ -2,7 +2,9 @@
 
 The world: {"val": {method: {lr: number}}, "test": {method: {seed: number}}, "fail": [[verb, method, lr, seed], ...],
 "silent": (the same, ending well but without a result), "sleep": seconds, "classes": [...], "pictures": [...],
-"rows": {method: [row of predictions.jsonl, ...]}, "mode": "max"}. Every call is noted in calls.jsonl, beside it.
+"rows": {method: [row of predictions.jsonl, ...]}, "mode": "max", "shared": {"train-test": n}, "garbage": {method: what
+stands in metrics.json}}. The accuracy is that of the answers, where there are any; then every seed's is.
+Every call is noted in calls.jsonl, beside it.
 A baseline has no learning rate: it is "-" in the lists, and "val" has its number instead of rates.
 """
 
@@ -57,7 +59,11 @@ def main() -> int:
         if world.get("pictures"):
             lines = [predict(world, method, index) for index in range(len(world["pictures"]))]
             (run / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    path.write_text(json.dumps(metrics))
+    lines = (run / "predictions.jsonl").read_text().splitlines() if (run / "predictions.jsonl").exists() else []
+    answers = [json.loads(line) for line in lines]
+    if metrics["test"] and answers and all(isinstance(row.get("prediction"), str) for row in answers):
+        metrics["test"]["accuracy"] = sum(row["prediction"] == row["label"] for row in answers) / len(answers)
+    path.write_text(world.get("garbage", {}).get(method) or json.dumps(metrics))
     return 0
 
 
@@ -110,7 +116,7 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed:
             "val": 200,
             "test": 400,
         }
-        | {"classes": world.get("classes", ["birds", "bugs"])},
+        | {"classes": world.get("classes", ["birds", "bugs"]), "shared": world.get("shared", {})},
         "environment": {"graft": "0.1.0", "device": "cpu", "precision": "32-true"},
     }
 

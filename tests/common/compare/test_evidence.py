@@ -163,7 +163,7 @@ def test_ranks_and_gaps_over_several_sets(fabric, tmp_path):
     assert lines[0] == "SSF has the best average rank over 3 sets (1.67), before FullFineTune (2.00) and LoRA (2.33)."
     assert "SSF lies between -25.0 % and +80.0 % from full fine-tuning (relative, above 0 is better)." in lines
     assert any("Friedman" in line for line in lines)
-    write_markdown("Three sets", blocks, standing, tmp_path / "results.md")
+    write_markdown("Three sets", blocks, standing, [], tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert "| SSF | 1.67 | -25.0 % | +20.0 % | +80.0 % |" in text
     assert "Nemenyi" in text

@@ -114,6 +114,7 @@ def test_rows_contradict_a_number_that_was_written_by_hand():
     assert contradicts([], "accuracy", 0.5) is None
     # Pooled Dice is no mean over cases, so rows decide nothing.
     assert contradicts(REFERENCE["dice"][0], "dice", 0.99) is None
+    assert contradicts(rows_of(accuracy=LEVELS.tolist()), "accuracy", 0.99) is None
 
 
 def test_rows_are_read_line_by_line(tmp_path):

@@ -28,7 +28,7 @@ def mean_of(scores):
 def sample(table, **changes):
     """A method whose metric is the mean of scores (S, n)."""
     table = np.asarray(table, dtype=float)
-    made = {"seeds": tuple(range(len(table))), "values": table.mean(axis=1), "examples": table.shape[1]}
+    made = {"seeds": tuple(range(len(table))), "values": table.mean(axis=1), "sizes": (table.shape[1],) * len(table)}
     return Sample(**{**made, "weighted": tuple(mean_of(row) for row in table), **changes})
 
 
@@ -131,6 +131,20 @@ def test_examples_of_their_own_are_drawn_for_each_seed():
     shared, own = sample([scores] * 4), sample([scores] * 4, nested=True)
     assert own.drawn.mean(axis=0).std() == pytest.approx(shared.drawn.mean(axis=0).std() / 2, rel=0.15)
     assert (shared.drawn[0] == shared.drawn[1]).all()
+
+
+def test_seeds_may_have_tests_of_different_sizes():
+    few, many = np.random.default_rng(10).random(20), np.random.default_rng(11).random(80)
+    both = Sample(
+        seeds=(0, 1),
+        values=np.array([few.mean(), many.mean()]),
+        weighted=(mean_of(few), mean_of(many)),
+        sizes=(20, 80),
+        nested=True,
+    )
+    expected = [scores.std() / math.sqrt(len(scores)) for scores in (few, many)]
+    assert both.drawn.std(axis=1) == pytest.approx(expected, rel=0.1)
+    assert both.on([1]).sizes == (80,)
 
 
 def test_many_examples_are_drawn_in_blocks_like_few(monkeypatch):

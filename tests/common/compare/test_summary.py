@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from scipy import stats
 
-from common.compare.results import Metrics, Row, Run, Spread
-from common.compare.study import Trial
+from common.compare.results import Row, Spread
 from common.compare.summary import summarise
 
 
@@ -147,19 +145,3 @@ def test_baselines_alone_are_told_and_win_nothing():
     assert summary.headline == "No method gave a result."
     assert summary.findings == ("Nearest, which is not trained, reaches 0.500 ± 0.000.",)
     assert summary.cautions == ("A has no result.",)
-
-
-@pytest.mark.parametrize(
-    ("digests", "redrawn", "warned"),
-    [("aabb", False, True), ("aabb", True, False), ("aaab", True, True), ("aaaa", False, False)],
-)
-def test_data_may_differ_between_seeds_where_the_study_draws_them_so(digests, redrawn, warned):
-    def run(method, seed, digest):
-        trial = Trial(recipe="r", method=method, lr=1.0, seed=seed, folder=Path("f"), options=())
-        kept = {"fitted": True, "primary": "accuracy", "mode": "max", "val": {}, "test": {}, "cost": {}}
-        metrics = Metrics(**kept, data={"digest": digest}, environment={}, backbone="b")
-        return Run(trial=trial, metrics=metrics, chosen=True, failure=None)
-
-    runs = [run(method, seed, digests[2 * seed + i]) for seed in (0, 1) for i, method in enumerate("AB")]
-    cautions = summarise([row("A", [0.5, 0.6])], runs, redrawn=redrawn).cautions
-    assert any("did not all see the same data" in line for line in cautions) == warned
