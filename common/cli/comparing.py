@@ -1,4 +1,4 @@
-"""`graft compare`: run a study of methods, from a file or from the command line, and report it."""
+"""`graft compare` and `graft reproduce`: run studies of methods and report them; decide claims by them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from common.domain import Domain
 from common.errors import GraftError, unknown
 
+CLAIMS = Path(__file__).resolve().parents[2] / "configs" / "claims"
 _COUNTS, _SHARES = ("shots", "labelled"), ("share",)
 
 
@@ -34,6 +35,34 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--out", type=Path, help="folder for runs, table and report (default: the study's own)")
     parser.add_argument("--jobs", type=int, help="trials at a time (default: half the cores)")
     parser.set_defaults(handler=_compare)
+    parser = verbs.add_parser("reproduce", help="decide claims of the literature by runs of your own")
+    parser.add_argument("cards", nargs="*", metavar="CARD", help="ids of claims (none: list them), or files")
+    parser.add_argument("--all", action="store_true", help="every claim")
+    parser.add_argument("--scale", default="embedded", help="embedded (a CPU and the starters) or full")
+    parser.add_argument("--jobs", type=int, help="trials at a time (default: half the cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder of the verdicts")
+    parser.set_defaults(handler=_reproduce)
+
+
+def _reproduce(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
+    from rich.console import Console
+
+    from common.compare.claims import SCALES, load_cards
+    from common.compare.reproduce import reproduce
+
+    scale = next((name for name in SCALES if name == args.scale), None)
+    if scale is None:
+        raise unknown("scale", args.scale, SCALES)
+    if args.cards and args.all:
+        raise GraftError("Claims and --all. Name some, or ask for all.")
+    cards = load_cards(CLAIMS, args.cards)
+    if not args.cards and not args.all:
+        console = Console(highlight=False)
+        for card in cards:
+            console.print(f"{card.id}: {card.statement}", markup=False, soft_wrap=True)
+        console.print("\nName some of them, or give --all.")
+        return 0
+    return reproduce(cards, scale, args.out, args.jobs)
 
 
 def _numbers(rates: tuple[float, ...]) -> str:

@@ -70,3 +70,28 @@ def test_what_does_not_fit_together_is_refused(started, capsys, words, told):
     assert run(["compare", *words.split()], DOMAINS) == 2
     assert told in capsys.readouterr().err
     assert not started
+
+
+def test_claims_are_listed_or_decided(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("common.compare.reproduce.reproduce", lambda *words: asked.append(words) or 0)
+    assert run(["reproduce"], {}) == 0
+    assert "lora-within-a-point: LoRA comes within a point" in capsys.readouterr().out
+    assert not asked
+    assert run(["reproduce", "lora-within-a-point", "--jobs", "2", "--out", "o"], {}) == 0
+    assert [(words[0][0].id, *words[1:]) for words in asked] == [("lora-within-a-point", "embedded", Path("o"), 2)]
+    assert run(["reproduce", "--all", "--scale", "full"], {}) == 0
+    assert len(asked[1][0]) == len(list(comparing.CLAIMS.glob("*.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("nothing", "Unknown card 'nothing'"),
+        ("--all --scale big", "Unknown scale 'big'. Allowed: embedded, full."),
+        ("--all lora-within-a-point", "Claims and --all"),
+    ],
+)
+def test_claims_that_cannot_be_asked_are_refused(capsys, words, told):
+    assert run(["reproduce", *words.split()], {}) == 2
+    assert told in capsys.readouterr().err

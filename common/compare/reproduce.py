@@ -1,0 +1,232 @@
+"""`graft reproduce`: run what the cards need, and say of each claim whether it holds here.
+
+Trials are those of `graft compare`, in the studies' own folders: what is finished is not run again, and a reproduction
+that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from common import __version__
+from common.compare.claims import Card, Scale, ScaleName
+from common.compare.evidence import Block
+from common.compare.expand import Request, Shots, expand
+from common.compare.stages import GRAFT, STOPPED, run_studies
+from common.compare.study import Study, load_study
+from common.compare.verdicts import decide
+from common.errors import GraftError
+
+NOT_RUNNABLE = "not runnable here"
+_SEEDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What came of a claim.
+
+    Attributes:
+        card: The card's id.
+        scale: The scale at which it was asked.
+        verdict: `holds`, `does not hold`, `inconclusive` or `not runnable here`.
+        figures: What the verdict rests on, or why there is none.
+        runs: The run folders that it rests on.
+        statement: The claim.
+        published: The published figure.
+        source: Paper and table.
+        differs: How the protocol differs from the published one.
+        date: When, UTC.
+        commit: Graft's commit, or its version where there is none.
+    """
+
+    card: str
+    scale: str
+    verdict: str
+    figures: str
+    runs: tuple[str, ...]
+    statement: str
+    published: str
+    source: str
+    differs: str
+    date: str
+    commit: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runner:
+    """Runs studies, each once however many cards need it."""
+
+    jobs: int | None
+    command: tuple[str, ...]
+    console: Console
+    done: dict[tuple[str, ...], list[Block]]
+
+    def run(self, key: tuple[str, ...], studies: Callable[[], Sequence[Study]]) -> list[Block]:
+        """Run studies, or return what came of them before.
+
+        Raises:
+            KeyboardInterrupt: They were stopped.
+        """
+        if key not in self.done:
+            code, blocks = run_studies(studies(), self.jobs, command=self.command, console=self.console)
+            if code == STOPPED:
+                raise KeyboardInterrupt
+            self.done[key] = blocks
+        return self.done[key]
+
+
+def reproduce(
+    cards: Sequence[Card],
+    scale: ScaleName,
+    out: Path,
+    jobs: int | None = None,
+    *,
+    command: Sequence[str] = GRAFT,
+    console: Console | None = None,
+) -> int:
+    """Decide claims, and write `verdicts.json` and `verdicts.md` after each of them.
+
+    Args:
+        cards: The claims.
+        scale: The size at which they are asked.
+        out: The folder of the verdicts; studies write where they say themselves.
+        jobs: How many trials run side by side; by default half the processors.
+        command: What stands before `fit`, `test` and `baseline` on each command line.
+        console: Where progress goes; by default standard output.
+
+    Returns:
+        0 where each claim was asked, whatever the verdict; 130 where it was stopped.
+    """
+    console = console or Console()
+    runner = _Runner(jobs=jobs, command=tuple(command), console=console, done={})
+    out.mkdir(parents=True, exist_ok=True)
+    verdicts: list[Verdict] = []
+    try:
+        for card in cards:
+            verdicts.append(_verdict(card, scale, out, runner))
+            _write(verdicts, out)
+            last = verdicts[-1]
+            console.print(f"{last.card}: {last.verdict}. {last.figures}", markup=False, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from here.")
+        return STOPPED
+    console.print(f"Verdicts: {out / 'verdicts.md'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _verdict(card: Card, scale: ScaleName, out: Path, runner: _Runner) -> Verdict:
+    own = card.scales[scale]
+    reason, blocks = own.not_runnable or _lacking(own.needs), list[Block]()
+    if not reason:
+        try:
+            blocks = _blocks(own, out / scale / card.id, runner)
+            reason = _all_failed(blocks)
+        except GraftError as error:
+            reason = " ".join(str(error).split())
+    outcome = None if reason else decide(own.tests, blocks)
+    return Verdict(
+        card=card.id,
+        scale=scale,
+        verdict=outcome.answer if outcome else NOT_RUNNABLE,
+        figures=outcome.figures if outcome else reason,
+        runs=tuple(run.trial.folder.as_posix() for block in blocks for run in block.runs if run.chosen),
+        statement=card.statement,
+        published=f"{card.figure} ({card.protocol})",
+        source=f"{card.paper}, {card.table}",
+        differs=own.differs,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+    )
+
+
+def _blocks(scale: Scale, out: Path, runner: _Runner) -> list[Block]:
+    """Run a scale's studies; each set is labelled by its study file, or its recipe."""
+    if scale.recipes:
+        request = Request(
+            recipes=scale.recipes,
+            methods=scale.methods,
+            seeds=_SEEDS,
+            rates=scale.rates,
+            shots=(),
+            overrides=scale.overrides,
+            out=out,
+        )
+        return runner.run((str(out),), lambda: expand(request, lambda _: Shots()))
+    blocks: list[Block] = []
+    for path in scale.studies:
+        own = runner.run((path,), lambda path=path: [load_study(Path(path))])
+        stem = Path(path).stem
+        blocks += [replace(one, label=stem if len(own) == 1 else f"{stem}:{one.label}") for one in own]
+    return blocks
+
+
+def _lacking(needs: Sequence[str]) -> str:
+    """Say what is not there of what a scale needs."""
+    lacking = [f"file '{need}'" for need in needs if need != "gpu" and not Path(need).exists()]
+    if "gpu" in needs:
+        import torch
+
+        lacking += [] if torch.cuda.is_available() else ["GPU"]
+    return f"needs {' and '.join(lacking)}" if lacking else ""
+
+
+def _all_failed(blocks: Sequence[Block]) -> str:
+    """Say why nothing ran, where nothing did."""
+    runs = [run for block in blocks for run in block.runs]
+    if any(run.metrics is not None for run in runs):
+        return ""
+    failure = next((run.failure for run in runs if run.failure), None)
+    last = failure.tail.strip().splitlines()[-1:] if failure else []
+    return f"every run failed, the first with: {last[0] if last else 'no word'}"
+
+
+def _commit() -> str:
+    """Return the commit of this code, with a mark where files differ from it; the version where git knows nothing."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return __version__  # an installation has no repository
+    return found.stdout.strip()
+
+
+def _write(verdicts: Sequence[Verdict], out: Path) -> None:
+    records = [asdict(verdict) for verdict in verdicts]
+    text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+    (out / "verdicts.json").write_text(text, encoding="utf-8")
+    (out / "verdicts.md").write_text(_markdown(verdicts), encoding="utf-8")
+
+
+def _markdown(verdicts: Sequence[Verdict]) -> str:
+    counts: Mapping[str, int] = {}
+    for verdict in verdicts:
+        counts = {**counts, verdict.verdict: counts.get(verdict.verdict, 0) + 1}
+    dates, commits = sorted({v.date[:10] for v in verdicts}), sorted({v.commit for v in verdicts})
+    lines = [
+        f"**{len(verdicts)} claims**: {', '.join(f'{count} {name}' for name, count in counts.items())}. "
+        f"Scale {verdicts[0].scale}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit {', '.join(commits)}.",
+        "",
+        "| claim | verdict | measured here | published |",
+        "|---|---|---|---|",
+    ]
+    for v in verdicts:
+        cells = (f"{v.statement} (`{v.card}`)", v.verdict, v.figures, f"{v.published}; {v.source}")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    lines += ["", "Runs:", ""]
+    lines += [f"- `{v.card}`: {', '.join(f'`{run}`' for run in v.runs)}" for v in verdicts if v.runs]
+    lines += ["", "How the protocols differ from the published ones:", ""]
+    lines += [f"- `{v.card}`: {v.differs}" for v in verdicts if v.differs]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,189 @@
+"""Cards from file to verdict, with the fake doing the runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from common._yaml import load_yaml
+from common.compare import load_study
+from common.compare.claims import READ, load_card, load_cards
+from common.compare.reproduce import reproduce
+from common.errors import GraftError
+
+REPO = Path(__file__).parents[3]
+FAKE = Path(__file__).with_name("fake_graft.py")
+CARD = """
+id: ahead
+statement: LoRA is ahead.
+source: {paper: Somebody (2024), table: table 1, read: page}
+published: {figure: 1.0 against 0.5, protocol: theirs}
+tests: [ahead_of: {method: LoRA, reference: FullFineTune}]
+embedded: {studies: [study.yaml], differs: small}
+full: {recipes: [recipe.yaml], methods: [LoRA, FullFineTune], needs: [weights.bin]}
+"""
+# LoRA is ahead by the same 10 points at every seed, or level.
+AHEAD = {"LoRA": {"0": 0.80, "1": 0.81, "2": 0.83}, "FullFineTune": {"0": 0.70, "1": 0.71, "2": 0.72}}
+
+
+@pytest.fixture
+def cards(world):
+    """Writes cards; returns a function that decides them."""
+    world.measure(test=AHEAD)
+    Path("cards").mkdir()
+    Path("cards/ahead.yaml").write_text(CARD)
+    turned = CARD.replace("method: LoRA, reference: FullFineTune", "method: FullFineTune, reference: LoRA")
+    Path("cards/behind.yaml").write_text(turned.replace("id: ahead", "id: behind"))
+    unbuilt = CARD.replace("{studies: [study.yaml], differs: small}", "{not_runnable: not built yet}")
+    Path("cards/later.yaml").write_text(unbuilt.replace("id: ahead", "id: later"))
+
+    def asked(*names, scale="embedded"):
+        stream = io.StringIO()
+        console, command = Console(file=stream, width=100), (sys.executable, "-S", str(FAKE))
+        code = reproduce(load_cards(Path("cards"), names), scale, Path("out"), 4, command=command, console=console)
+        found = json.loads(Path("out/verdicts.json").read_text())
+        return code, {one["card"]: one for one in found}
+
+    return asked
+
+
+def test_a_study_runs_once_for_all_cards_and_never_again(cards, world):
+    code, found = cards()
+    assert code == 0
+    assert {card: one["verdict"] for card, one in found.items()} == {
+        "ahead": "holds",
+        "behind": "does not hold",
+        "later": "not runnable here",
+    }
+    assert len([call for call in world.calls() if call["verb"] == "test"]) == 6
+    one = found["ahead"]
+    assert "study: LoRA is 0.103 better than FullFineTune" in one["figures"]
+    assert "runs/small/recipe/LoRA/lr-0.001-seed-2" in one["runs"]
+    assert len(one["runs"]) == 6
+    assert one["commit"]
+    assert one["date"].startswith("20")
+    text = Path("out/verdicts.md").read_text()
+    assert "**3 claims**: 1 holds, 1 does not hold, 1 not runnable here." in text
+    assert "| LoRA is ahead. (`later`) | not runnable here | not built yet |" in text
+    assert "- `ahead`: small" in text
+    world.forget()
+    cards()
+    assert world.calls() == []
+
+
+def test_what_is_needed_and_not_there_is_named(cards, world):
+    code, found = cards("ahead", scale="full")
+    assert (code, found["ahead"]["verdict"]) == (0, "not runnable here")
+    assert found["ahead"]["figures"] == "needs file 'weights.bin'"
+    assert world.calls() == []
+    Path("weights.bin").write_text("")
+    Path("recipe.yaml").write_text("model: {class_path: M}\n")
+    rates = {"LoRA": ("0.0003", "0.001", "0.003"), "FullFineTune": ("1e-05", "0.0001", "0.001")}
+    world.measure(val={name: dict.fromkeys(own, 0.7) for name, own in rates.items()}, test=AHEAD)
+    _, found = cards("ahead", scale="full")
+    assert found["ahead"]["verdict"] == "holds"
+    assert all(run.startswith("out/full/ahead/recipe/") for run in found["ahead"]["runs"])
+
+
+def test_where_every_run_fails_the_first_reason_is_given(cards, world):
+    rates = [("LoRA", lr) for lr in ("0.0003", "0.001", "0.003")] + [("FullFineTune", lr) for lr in ("1e-05", "5e-05")]
+    world.measure(fail=[["fit", method, lr, "0"] for method, lr in rates])
+    _, found = cards("ahead")
+    assert found["ahead"]["verdict"] == "not runnable here"
+    told = "every run failed, the first with: Traceback: the loss is <not> a number"
+    assert found["ahead"]["figures"] == told
+
+
+def test_a_method_without_result_leaves_it_open(cards, world):
+    world.measure(test=AHEAD, fail=[["fit", "LoRA", lr, "0"] for lr in ("0.0003", "0.001", "0.003")])
+    _, found = cards("ahead")
+    assert (found["ahead"]["verdict"], found["ahead"]["figures"]) == ("inconclusive", "study: no result of LoRA")
+
+
+def test_a_study_that_cannot_be_read_does_not_end_the_others(cards):
+    Path("cards/broken.yaml").write_text(
+        CARD.replace("id: ahead", "id: broken").replace("studies: [study.yaml]", "studies: [gone.yaml]")
+    )
+    code, found = cards("broken", "ahead")
+    assert code == 0
+    assert found["broken"]["verdict"] == "not runnable here"
+    assert "gone.yaml" in found["broken"]["figures"]
+    assert found["ahead"]["verdict"] == "holds"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("id: ahead", "id: other", "Name card and file alike"),
+        ("read: page", "read: memory", "Unknown way that a figure is known (read) 'memory'"),
+        ("figure: 1.0 against 0.5, ", "", "lacks figure"),
+        ("statement: LoRA is ahead.", "", "lacks statement"),
+        ("studies: [study.yaml], ", "", "needs either studies or recipes"),
+        ("methods: [LoRA, FullFineTune], ", "", "recipes without methods"),
+        ("ahead_of:", "before:", "unknown test 'before'"),
+        ("tests: [", "test: [", "unknown key 'test'"),
+    ],
+)
+def test_one_wrong_thing_in_a_card_is_named(tmp_path, old, new, words):
+    assert old in CARD
+    (tmp_path / "ahead.yaml").write_text(CARD.replace(old, new))
+    with pytest.raises(GraftError) as error:
+        load_card(tmp_path / "ahead.yaml")
+    assert words in str(error.value)
+
+
+def test_an_unknown_card_is_named(tmp_path):
+    (tmp_path / "ahead.yaml").write_text(CARD)
+    with pytest.raises(GraftError, match=r"Unknown card 'ahed'\. Did you mean 'ahead'"):
+        load_cards(tmp_path, ["ahed"])
+
+
+SHIPPED = sorted((REPO / "configs" / "claims").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_cards_are_whole(path, monkeypatch):
+    """Their studies and recipes are there, with the methods, baselines and sets that the tests name."""
+    monkeypatch.chdir(REPO)
+    card = load_card(path)
+    assert card.read in READ
+    for scale in card.scales.values():
+        assert all(Path(recipe).is_file() for recipe in scale.recipes)
+        studies = {Path(study).stem: load_study(Path(study)) for study in scale.studies}
+        for test in scale.tests:
+            assert set(test.on) <= set(studies)
+            if scale.recipes:
+                assert named(test) <= set(scale.methods)
+            for label in test.on or studies:
+                known = {method.name for method in studies[label].methods} | set(studies[label].baselines)
+                assert named(test) <= known
+
+
+def named(test):
+    """The methods that a test speaks of."""
+    values = [test.parameters.get(key, []) for key in ("method", "reference", "methods", "order", "varied", "than")]
+    return {name for value in values for name in ([value] if isinstance(value, str) else value)}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPO / "configs" / "claims" / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_studies_of_claims_share_runs_with_the_studies_that_they_extend(path, monkeypatch):
+    """A method of the same name in both has the same commands, so that nothing is run twice."""
+    monkeypatch.chdir(REPO)
+    own = load_study(path)
+    assert f"graft compare {path.relative_to(REPO).as_posix()}" in path.read_text()
+    if own.runs == own.out:
+        return
+    base = load_study(REPO / "configs" / "studies" / f"{own.runs.name}.yaml")
+    assert base.runs == own.runs
+    theirs = {trial.folder: trial.options for trial in base.possible()}
+    shared = [trial for trial in own.possible() if trial.folder in theirs]
+    assert shared
+    assert all(trial.options == theirs[trial.folder] for trial in shared)
+    assert load_yaml(path)["runs"] == base.out.as_posix()
