@@ -20,11 +20,14 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     """Add this file's verbs."""
     from common.compare.rates import RATES, rates_of
 
-    grids = "; ".join(f"{name} {_numbers(rates_of(name))}" for name in RATES)
+    grids = "; ".join(
+        f"{', '.join(name for name, own in RATES.items() if own == rates)}: {_numbers(rates)}"
+        for rates in dict.fromkeys(RATES.values())
+    )
     parser = verbs.add_parser(
         "compare",
         help="compare methods by a study file, or on recipes, and write table and report",
-        epilog=f"Learning rates on offer by default: {grids}; all others {_numbers(rates_of(''))}.",
+        epilog=f"Learning rates on offer by default: {grids}; all others: {_numbers(rates_of(''))}.",
     )
     parser.add_argument("paths", nargs="+", metavar="FILE", help="one study file, or recipes with --methods")
     parser.add_argument("--methods", help="methods to compare on the recipes, as LoRA,BitFit,FullFineTune")

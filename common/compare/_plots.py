@@ -6,7 +6,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ _COLOURS = {"#010203": "currentColor", "#040506": "var(--accent)", "#070809": "v
 _INK, _ACCENT, _LINE, _PAGE = _COLOURS
 _SIZE = (4.7, 3.7)  # inches; small, so that text stays readable when a phone shrinks the picture
 _LABEL_HEIGHT = 13.0  # points between two labels
+# Lines of methods differ by their dashes: colours are the page's.
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 2)), (0, (8, 2, 1, 2, 1, 2)))
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "graft",
@@ -111,6 +113,46 @@ def pareto_svg(
     return _inline(buffer.getvalue(), ident, title, told)
 
 
+def curves_svg(
+    curves: Mapping[str, Sequence[Point]], *, ident: str, title: str, cost_label: str, quality_label: str
+) -> str:
+    """Draw quality against an amount, a line for each method.
+
+    Args:
+        curves: By method its points, from few to much.
+        ident: A prefix for ids, unique within the page.
+        title: What a screen reader says first.
+        cost_label: The axis of the amount, which is logarithmic.
+        quality_label: The axis of quality.
+
+    Returns:
+        An `<svg>` element for an HTML page.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    points = [point for own in curves.values() for point in own]
+    buffer = io.StringIO()
+    with mpl.rc_context(_SETTINGS):
+        figure: Any = Figure(figsize=_SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.set(xlabel=cost_label, ylabel=quality_label)
+        _draw(axes, points, [], [])
+        for place, own in enumerate(curves.values()):
+            dashes = _DASHES[place % len(_DASHES)]
+            costs, heights = [point.cost for point in own], [point.quality for point in own]
+            axes.plot(costs, heights, color=_ACCENT, linewidth=1.2, linestyle=dashes)
+        figure.draw_without_rendering()
+        _label(axes, [max(own, key=lambda point: point.cost) for own in curves.values()])
+        figure.savefig(buffer, format="svg", transparent=True)
+    told = "; ".join(
+        f"{name}: {', '.join(f'{p.quality:.3f} at {_tick(p.cost)}' for p in own)}" for name, own in curves.items()
+    )
+    return _inline(buffer.getvalue(), ident, title, f"{quality_label} by {cost_label}. {told}.")
+
+
 def _draw(
     axes: Any,  # noqa: ANN401 (matplotlib is half typed)
     points: Sequence[Point],
@@ -133,8 +175,9 @@ def _draw(
     for _, height in levels:
         axes.axhline(height, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
     # A staircase: between two points of the front nothing was measured.
-    line = {"color": _ACCENT, "linewidth": 1.2, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
-    axes.plot([point.cost for point in best], [point.quality for point in best], **line)
+    if best:
+        line = {"color": _ACCENT, "linewidth": 1.2, "linestyle": (0, (4, 3)), "drawstyle": "steps-post"}
+        axes.plot([point.cost for point in best], [point.quality for point in best], **line)
     dot = {"fmt": "o", "markersize": 7, "color": _ACCENT, "elinewidth": 1.2, "markeredgewidth": 1.6}
     for point in points:
         low, high = point.reach or (point.quality, point.quality)

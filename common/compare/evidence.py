@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -210,6 +210,8 @@ def stand(blocks: Sequence[Block]) -> Standing | None:
         for (_, compared), names in zip(known, trained, strict=True)
     ]
     ranking = average_ranks(table, [compared.mode for _, compared in known])
+    if ranking and len({block.recipe for block, _ in known}) < len(known):
+        ranking = replace(ranking, p=None, critical=None)  # several amounts of one set's data are no sample of sets
     everyone = list(dict.fromkeys(method for row in table for method in row))
     gaps = {
         method: {block.label: compared.gaps[method] for block, compared in known if method in compared.gaps}

@@ -86,11 +86,13 @@ def _selection(block: Block) -> Iterator[Finding]:
 
 
 def _seeds(block: Block) -> Iterator[Finding]:
-    """Every method in the results must have every seed."""
+    """Every method in the results must have every seed, or a run that failed and is shown to have."""
     for row in block.rows:
+        failed = {run.trial.seed for run in block.runs if run.trial.method == row.method and run.failure}
         missing = [seed for seed in block.study.seeds if seed not in row.seeds]
         if row.seeds and missing:
-            yield _broken(f"{block.label}, {row.method}: no result of seed {', '.join(map(str, missing))}")
+            text = f"{block.label}, {row.method}: no result of seed {', '.join(map(str, missing))}"
+            yield _noted(f"{text}, which failed") if set(missing) <= failed else _broken(text)
 
 
 def _data(block: Block) -> Iterator[Finding]:
@@ -125,9 +127,10 @@ def _test_splits(blocks: Sequence[Block]) -> Iterator[Finding]:
 def _reading(block: Block, ledger: Ledger) -> Iterator[Finding]:
     """The test split is read once for a run in the results, and for no other."""
     for run in block.runs:
-        events = [entry.event for entry in ledger.of(run.trial.folder)]
-        if events.count("test") > 1:
-            yield _broken(f"{_title(block, run)}: the test split was read {events.count('test')} times")
+        tests = [entry.digests.get("test") for entry in ledger.of(run.trial.folder) if entry.event == "test"]
+        if len(tests) > 1:
+            text = f"{_title(block, run)}: the test split was read {len(tests)} times"
+            yield _broken(f"{text}, with different results") if len(set(tests)) > 1 else _noted(text)
         if run.metrics and run.metrics.test is not None and not run.chosen and not run.trial.baseline:
             yield _noted(f"{_title(block, run)}: the test split was read, and the run is not in the results")
 

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from common.compare._plots import Point, pareto_svg
+from common.compare._plots import Point, curves_svg, pareto_svg
 from common.compare._samples import Example, Group, pictured_examples, sample_groups
 from common.compare.evidence import COSTS, Block, Standing
 from common.compare.integrity import CHECKS, Finding
@@ -106,6 +106,7 @@ def write_report(
         question=study.question,
         checks=CHECKS,
         findings=findings,
+        curves=_curves(blocks),
         together=_together(blocks, standing) if standing else None,
         sections=[_section(block, f"plot{index}") for index, block in enumerate(blocks)],
         parts=MEMORY_PARTS,
@@ -199,6 +200,35 @@ def _plots(block: Block, ident: str) -> list[Plot]:
         # The drawing is ours and its text escaped; everything else on the page goes through autoescape.
         plots.append(Plot(caption=caption, svg=Markup(svg)))
     return plots
+
+
+def _curves(blocks: Sequence[Block]) -> list[Plot]:
+    """Draw quality against the number of training examples, where one recipe was run with several."""
+    plots: list[Plot] = []
+    for index, recipe in enumerate(dict.fromkeys(block.recipe for block in blocks)):
+        sized = [(size, block) for block in blocks if block.recipe == recipe and (size := _train_size(block))]
+        if len({size for size, _ in sized}) < 2:
+            continue
+        curves: dict[str, list[Point]] = {}
+        for size, block in sorted(sized, key=lambda pair: pair[0]):
+            for row in block.rows:
+                if row.quality is not None and not row.baseline:
+                    found = block.comparison.intervals.get(row.method) if block.comparison else None
+                    reach = (found.low, found.high) if found else None
+                    point = Point(name=row.method, cost=float(size), quality=row.quality.mean, reach=reach)
+                    curves.setdefault(row.method, []).append(point)
+        name = next((row.primary.replace("_", " ") for _, block in sized for row in block.rows if row.primary), "")
+        labels = {"cost_label": "training examples", "quality_label": f"test {name}"}
+        svg = curves_svg(curves, ident=f"curve{index}", title=f"Test {name} by training examples", **labels)
+        caption = f"{recipe}: test {name} against the number of training examples. Bars: 95 % intervals."
+        plots.append(Plot(caption=caption, svg=Markup(svg)))
+    return plots
+
+
+def _train_size(block: Block) -> int | None:
+    sizes = {run.metrics.data.get("train") for run in block.runs if run.metrics}
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size if isinstance(size, int) and size > 0 else None
 
 
 def _bars(rows: Sequence[Row]) -> list[Bar]:

@@ -107,6 +107,8 @@ class Fabric:
         mode: str = "max",
         domain: str = "vision",
         redrawn: bool = False,
+        train: int = 0,
+        recipe: str = "",
     ) -> Block:
         """Make the results of one recipe.
 
@@ -121,6 +123,8 @@ class Fabric:
             mode: Whether more of it is better.
             domain: The domain.
             redrawn: Whether examples have other names for each seed.
+            train: How many training examples there were.
+            recipe: The recipe; by default named as the label.
         """
         runs = list[Run]()
         for name, values in results.items():
@@ -134,7 +138,7 @@ class Fabric:
                     val={metric: (val or {}).get(name, float(np.mean(values[0])))},
                     test=test,
                     cost={"fit_seconds": 1.0, **(costs or {}).get(name, {})},
-                    data={"digest": f"d{seed if redrawn else 0}", "test": np.size(value)},
+                    data={"digest": f"d{seed if redrawn else 0}", "test": np.size(value), "train": train},
                     environment={},
                     backbone="b",
                     domain=domain,
@@ -146,17 +150,19 @@ class Fabric:
                     rows = [{"id": f"{start}-{place}", metric: float(one)} for place, one in enumerate(value)]
                     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
                 lr = None if name in baselines else 1e-3
-                trial = Trial(recipe=label, method=name, lr=lr, seed=seed, folder=folder, options=())
+                trial = Trial(recipe=recipe or label, method=name, lr=lr, seed=seed, folder=folder, options=())
                 runs.append(Run(trial=trial, metrics=metrics, chosen=True, failure=None))
-        return make_blocks(self.study(label, results, baselines), runs)[0]
+        return make_blocks(self.study(label, results, baselines, recipe or label), runs)[0]
 
-    def study(self, label: str, results: Mapping[str, Sequence[object]], baselines: Sequence[str] = ()) -> Study:
+    def study(
+        self, label: str, results: Mapping[str, Sequence[object]], baselines: Sequence[str], recipe: str
+    ) -> Study:
         """Describe the study that would have made them."""
         return Study(
             title=label,
             question="?",
-            recipes=(label,),
-            labels={label: label},
+            recipes=(recipe,),
+            labels={recipe: label},
             out=self.folder,
             runs=self.folder,
             methods=tuple(

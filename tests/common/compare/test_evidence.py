@@ -171,3 +171,10 @@ def test_ranks_and_gaps_over_several_sets(fabric, tmp_path):
 
 def test_one_set_has_no_ranks(fabric):
     assert stand([fabric.block("a", {"LoRA": [0.7], "FullFineTune": [0.8]})]) is None
+
+
+def test_amounts_of_data_of_one_recipe_are_ranked_without_a_test(fabric):
+    results = {"LoRA": [0.7], "SSF": [0.6], "FullFineTune": [0.8]}
+    standing = stand([fabric.block(f"r-{size}", results, recipe="r.yaml") for size in (5, 50)])
+    assert standing.ranking.ranks["FullFineTune"] == 1
+    assert (standing.ranking.p, standing.ranking.critical) == (None, None)

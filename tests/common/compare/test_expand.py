@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common.compare import load_study, run_studies
 from common.compare.expand import Request, Shots, expand, parse_rates
-from common.compare.rates import rates_of
+from common.compare.rates import RATES, rates_of
 from common.errors import GraftError
 from common.methods import METHODS
 
@@ -121,6 +121,7 @@ def test_what_cannot_be_compared_fairly_or_at_all_is_refused(request_of, changes
 
 def test_every_method_is_offered_as_many_rates_as_the_others():
     assert {len(rates_of(name)) for name in METHODS} == {3}
+    assert set(RATES) <= set(METHODS)
 
 
 def test_rates_are_of_all_methods_or_of_one():

@@ -95,8 +95,23 @@ def test_an_honest_study_passes_then_every_cheat_is_found(world):
     found = planted(lambda out: shutil.rmtree(out / winner))
     assert "recipe, LoRA: no result of seed 1." in texts(found)
     runs = world.out.relative_to(world.folder)
+
+    def test_again(out):
+        improve(out)
+        Ledger(runs).note("test", runs / winner)
+
+    told = "recipe, LoRA, 'lr-0.001-seed-1': the test split was read 2 times, with different results."
+    assert told in texts(planted(test_again))
     found = planted(lambda out: Ledger(runs).note("test", runs / winner))
-    assert "recipe, LoRA, 'lr-0.001-seed-1': the test split was read 2 times." in texts(found)
+    assert texts(found) == []
+    assert texts(found, broken=False) == ["recipe, LoRA, 'lr-0.001-seed-1': the test split was read 2 times."]
+
+
+def test_a_seed_that_failed_is_no_seed_that_was_dropped(world):
+    world.measure(fail=[["fit", "LoRA", "0.001", "1"]])
+    assert world.run() == 1
+    assert "Note: recipe, LoRA: no result of seed 1, which failed." in world.output
+    assert "NOT TO BE BELIEVED" not in world.output
 
 
 @pytest.mark.parametrize("traces", ["folders", "ledger"])

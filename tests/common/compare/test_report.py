@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from common.compare._plots import Point, front, pareto_svg
+from common.compare.report import write_report
 
 VOID = {"meta", "img", "br"}
 EVIL = '<script>alert("x")</script>'
@@ -196,3 +197,15 @@ def test_a_line_across_widens_the_plot_to_its_height():
     ticks = [float(tick) for tick in re.findall(r">(\d\.\d+)<", svg)]
     assert min(ticks) <= 0.2 < 0.8 <= max(ticks)
     assert ">Chance<" in svg
+
+
+def test_more_and_less_training_data_of_one_recipe_make_curves(fabric, tmp_path):
+    results = {"LoRA": [0.5, 0.6], "FullFineTune": [0.4, 0.5]}
+    blocks = [fabric.block(f"r-{size}", results, train=size, recipe="r.yaml") for size in (100, 10)]
+    blocks.append(fabric.block("other", results, train=10))
+    write_report(blocks[0].study, blocks, None, [], tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "With less training data" in page.text
+    assert page.text.count("Test score by training examples") == 1
+    assert "LoRA: 0.550 at 10, 0.550 at 100; FullFineTune: 0.450 at 10, 0.450 at 100." in page.text
+    assert len(page.ids) == len(set(page.ids))
