@@ -1,8 +1,9 @@
 """Share what a run learned: an adapter folder that plain `peft` loads, with head, card and certificate; and merging.
 
 An adapter folder holds `adapter_config.json` and `adapter_model.safetensors` (the format of Hugging Face PEFT),
-`head.safetensors`, `graft.json` (what it belongs to), `certificate.json` (how exactly it reloads and merges, measured)
-and `README.md` (the model card). A linear probe has no adapter files; full fine-tuning has `model.safetensors` instead.
+`head.safetensors`, `graft.json` (what it belongs to), `certificate.json` (how exactly it reloads and merges, measured),
+`probe.safetensors` (outputs that any copy has to give again) and `README.md` (the model card). A linear probe has no
+adapter files; full fine-tuning has `model.safetensors` instead.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ MODEL = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CERTIFICATE = "certificate.json"
+PROBE = "probe.safetensors"
 RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-4
 
@@ -200,13 +202,21 @@ def _certify(task: AdaptedTask, folder: Path, domains: Mapping[str, Domain]) -> 
             "allowed. Nothing was written."
         )
     merge_error, reason = _try_merge(reloaded, batch, expected)
+    save_file({"outputs": probe_values(expected)}, folder / PROBE)
     return {
+        "base_digest": task.attached.base_digest,
         "reload_max_abs_error": reload_error,
         "merge_max_abs_error": merge_error,
         "not_mergeable": reason,
         "inputs": "seeded random batch",
         "versions": _versions(),
     }
+
+
+def probe_values(outputs: Tensor) -> Tensor:
+    """Return at most 4,096 of the outputs for the example batch, evenly spread: what a folder keeps of them."""
+    flat = outputs.detach().flatten()
+    return flat[:: -(-len(flat) // 4096)].float().clone()
 
 
 def _try_merge(task: AdaptedTask, batch: Any, expected: Tensor) -> tuple[float | None, str | None]:  # noqa: ANN401

@@ -13,6 +13,7 @@ from common.errors import GraftError, unknown
 
 TRAINING = {
     "fit": "train a recipe into a run folder",
+    "preview": "show what a recipe would adapt and how much memory it needs, without training",
     "validate": "evaluate a run on its validation split",
     "test": "evaluate a finished run on its test split, and write its predictions",
     "baseline": "evaluate a predictor that is not trained, on a recipe's data",
@@ -55,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    from common.cli import caching, comparing, doctor, listing, matrix, sharing
+    from common.cli import caching, comparing, doctor, listing, matrix, sharing, verifying
 
     parser = _Parser(
         prog="graft",
@@ -66,7 +67,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     verbs: Any = parser.add_subparsers(metavar="VERB")
     for verb, text in TRAINING.items():
         verbs.add_parser(verb, help=text, add_help=False)
-    for module in (listing, matrix, sharing, comparing, caching, doctor):
+    for module in (listing, matrix, sharing, verifying, comparing, caching, doctor):
         module.add_verbs(verbs)
     if not argv:
         raise GraftError(f"Say what to do: {', '.join(verbs.choices)}. `graft --help` explains them.")

@@ -66,6 +66,8 @@ def _run(pairs: Sequence[tuple[str, str]], columns: Mapping) -> list[Cell]:
             progress.update(task, advance=1, description=f"{cell.method} on {cell.column}")
             if cell.verdict == "FAIL":
                 console.print(f"FAIL {cell.method} on {cell.column}: {cell.reason}", markup=False)
+            elif not console.is_terminal:  # a log shows how far it is
+                console.print(f"{len(cells)}/{len(pairs)} {cell.method} on {cell.column}: {cell.verdict}", markup=False)
     return cells
 
 

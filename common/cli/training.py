@@ -96,7 +96,7 @@ class RecipeCLI(LightningCLI):
 
 
 def run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
-    """Run one of the verbs `fit`, `validate`, `test`, `baseline`.
+    """Run one of the verbs `fit`, `preview`, `validate`, `test`, `baseline`.
 
     Raises:
         GraftError: The recipe, the data or the run cannot be used as asked.
@@ -124,6 +124,10 @@ def _run(verb: str, argv: Sequence[str], domains: Mapping[str, Domain]) -> int:
             return _fit(argv)
         if verb == "baseline":
             return _baseline(argv, domains)
+        if verb == "preview":
+            from common.cli import preview
+
+            return preview.run(argv)
         cli = _parse(verb, _saved_arguments(argv))
         action = runs.test if verb == "test" else runs.validate
         record = action(cli.model, cli.datamodule, cli.config.run, **_place(cli))

@@ -112,11 +112,12 @@ class Bench:
         attached = self.fresh(seed)
         before = snapshot(attached.model)
         optimizer = optimizer_of(attached.model)
+        memory: dict[str, Tensor] = {}
         interrupted = io.BytesIO()
         for step in range(STEPS):
             if step == STEPS - 1:
-                save_state(attached, optimizer, interrupted)
-            self.step(attached, optimizer, step, seed)
+                save_state(attached, optimizer, memory, interrupted)
+            self.step(attached, optimizer, memory, step, seed)
         attached.train(False)
         folder = self.folder / f"adapter-{seed}"
         folder.mkdir()
@@ -130,16 +131,26 @@ class Bench:
             folder=folder,
         )
 
-    def step(self, attached: Attached, optimizer: torch.optim.Optimizer | None, step: int, seed: int = 0) -> None:
-        """Take one optimizer step towards fixed noise, seeded by its number alone."""
+    def step(
+        self,
+        attached: Attached,
+        optimizer: torch.optim.Optimizer | None,
+        memory: dict[str, Tensor],
+        step: int,
+        seed: int = 0,
+    ) -> None:
+        """Take one optimizer step towards fixed noise, seeded by its number alone, as a task takes it."""
         if optimizer is None:
             return
         attached.train(True)
         torch.manual_seed(1000 * seed + step)
         output = self.specimen.run(attached.model, self.specimen.inputs)
         target = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
-        (output - target).square().mean().backward()
+        loss = (output - target).square().mean()
+        penalty = self.spec.penalty(attached.model)
+        (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
+        self.spec.after_step(attached.model, memory, step + 1, STEPS)
         optimizer.zero_grad()
 
     def reloaded(self, trained: Trained | None = None) -> Attached:
@@ -170,20 +181,23 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0) if parameters else None
 
 
-def save_state(attached: Attached, optimizer: torch.optim.Optimizer | None, file: io.BytesIO) -> None:
-    """Write what a checkpoint holds: the trained tensors and the optimizer's state."""
+def save_state(
+    attached: Attached, optimizer: torch.optim.Optimizer | None, memory: dict[str, Tensor], file: io.BytesIO
+) -> None:
+    """Write what a checkpoint holds: the trained tensors, the optimizer's state and what the method keeps."""
     attached.train(True)
     keys = state_keys(attached.model)
     state = {name: tensor for name, tensor in attached.model.state_dict().items() if name in keys}
-    torch.save({"model": state, "optimizer": optimizer.state_dict() if optimizer else None}, file)
+    torch.save({"model": state, "optimizer": optimizer.state_dict() if optimizer else None, "memory": memory}, file)
 
 
-def load_state(attached: Attached, optimizer: torch.optim.Optimizer | None, content: bytes) -> None:
-    """Read it back into a fresh model and optimizer."""
+def load_state(attached: Attached, optimizer: torch.optim.Optimizer | None, content: bytes) -> dict[str, Tensor]:
+    """Read it back into a fresh model and optimizer; return what the method keeps."""
     state: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
     attached.model.load_state_dict(state["model"], strict=False)
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+    return state["memory"]
 
 
 __all__ = ["STEPS", "Bench", "Specimen", "Trained", "difference", "load_state", "optimizer_of", "peft_model", "quiet"]

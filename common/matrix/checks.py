@@ -76,8 +76,8 @@ def resume(bench: Bench) -> str:
     """Trained tensors and optimizer state, loaded into a fresh model, go on bit for bit."""
     attached = bench.fresh()
     optimizer = optimizer_of(attached.model)
-    load_state(attached, optimizer, bench.trained.interrupted)
-    bench.step(attached, optimizer, STEPS - 1)
+    memory = load_state(attached, optimizer, bench.trained.interrupted)
+    bench.step(attached, optimizer, memory, STEPS - 1)
     state = {**dict(attached.model.named_parameters()), **dict(attached.model.named_buffers())}
     wrong = {name for name, value in bench.trained.after.items() if not torch.equal(value, state[name])}
     _require(not wrong, f"{len(wrong)} tensors differ after a resumed step: {_some(wrong)}")

@@ -13,7 +13,12 @@ from common.methods import METHODS, MethodSpec
 TINY: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 # Methods whose start changes the output by design, each with its reason. All others have to start as the bare network.
-CHANGES_AT_START: Mapping[str, str] = MappingProxyType({})
+CHANGES_AT_START: Mapping[str, str] = MappingProxyType(
+    {
+        "VBLoRA": "the vector bank is not zero at the start, as in the paper",
+        "UniLoRA": "the one trained vector is not zero at the start, as in the paper",
+    }
+)
 
 # Where the roles that a method takes by default are refused, these are tried in turn.
 ROLES = (["all"], ["attention", "ffn"], ["conv"], ["recurrent"], ["attention"], ["ffn"], ["stem"])

@@ -127,7 +127,7 @@ def test_plain_peft_loads_the_adapter_onto_the_original_base(shared, name):
 @EACH
 def test_the_folder_holds_what_it_should_and_no_frozen_weight(shared, name):
     _, adapter, _, _ = shared(name)
-    always = {HEAD, GRAFT, "certificate.json", "README.md"}
+    always = {HEAD, GRAFT, "certificate.json", "probe.safetensors", "README.md"}
     files = {"FullFineTune": {MODEL}, "LinearProbe": set()}.get(name, {ADAPTER, "adapter_config.json"})
     assert names(adapter) == always | files
     if name not in WITHOUT_ADAPTER:
