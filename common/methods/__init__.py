@@ -26,7 +26,7 @@ from common.methods.additive import (
     Pfeiffer,
     RepAdapter,
 )
-from common.methods.hybrid import AtBudget, Mixture, PerGroup
+from common.methods.hybrid import MAM, AtBudget, Mixture, PerGroup
 from common.methods.prompts import PrefixTuning, PromptTuning, VPTDeep, VPTShallow
 from common.methods.reparameterised import (
     BEFT,
@@ -123,9 +123,6 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         ConvAdapter,
         Houlsby,
         Pfeiffer,
-        Mixture,
-        PerGroup,
-        AtBudget,
         VPTShallow,
         VPTDeep,
         PromptTuning,
@@ -141,6 +138,10 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         LST,
         InvertibleAdapter,
         RepAdapter,
+        MAM,
+        Mixture,
+        PerGroup,
+        AtBudget,
     )
 }
 
@@ -153,6 +154,7 @@ __all__ = [
     "HRA",
     "IA3",
     "LST",
+    "MAM",
     "METHODS",
     "OFT",
     "PSOFT",

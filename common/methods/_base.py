@@ -83,6 +83,13 @@ class MethodSpec:
         """
         raise NotImplementedError
 
+    @property
+    def alone(self) -> str:
+        """Why the method can be no part of a composed one; empty where it can."""
+        if self.calibration is not None:
+            return "it looks at training data before the first step"
+        return "" if self.recomputable else "it acts on all blocks together"
+
     def after_attach(self, model: nn.Module) -> None:
         """Change the model once it is wrapped, such as freeze a part of the adapter."""
 

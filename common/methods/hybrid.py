@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from common.errors import GraftError, unknown
-from common.methods._base import MethodSpec, Plan, exact
+from common.methods._base import Calibration, MethodSpec, Plan, exact
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from common.roles import RoleMap
 
@@ -88,7 +88,15 @@ class Mixture(_Composed):
         """Plan each part; see the base class."""
         if not self.parts:
             raise GraftError("Mixture has no parts. Give a list of methods, each with class_path and init_args.")
+        _refuse_loners("Mixture", self.parts)
         return together("Mixture", [(type(part).__name__, part.plan(model, roles)) for part in self.parts])
+
+
+def _refuse_loners(method: str, parts: Sequence[MethodSpec]) -> None:
+    """Refuse parts that need a run to themselves."""
+    for part in parts:
+        if part.alone:
+            raise GraftError(f"{method} cannot hold {type(part).__name__}: {part.alone}. Use it by itself.")
 
 
 def together(method: str, plans: Sequence[tuple[str, Plan]]) -> Plan:
@@ -106,7 +114,7 @@ def together(method: str, plans: Sequence[tuple[str, Plan]]) -> Plan:
     targets: dict[str, str] = {}
     owner: dict[str, str] = {}
     for name, plan in plans:
-        if plan.peft_config is None:
+        if plan.mode != "adapted" or plan.peft_config is None:
             raise GraftError(f"{method} cannot hold {name}, which adds no adapter. Give methods that do.")
         for module, role in plan.targets.items():
             clash = next((other for other in owner if _one_holds_the_other(module, other)), None)
@@ -118,11 +126,48 @@ def together(method: str, plans: Sequence[tuple[str, Plan]]) -> Plan:
             targets[module] = role
         owner |= dict.fromkeys(plan.targets, name)
     config = MixtureConfig(parts=[plan.peft_config for _, plan in plans])  # ty: ignore[invalid-argument-type]
-    return Plan(peft_config=config, targets=targets, notes=tuple(note for _, plan in plans for note in plan.notes))
+    notes = tuple(note for _, plan in plans for note in plan.notes)
+    quantise = {name: bits for _, plan in plans for name, bits in plan.quantise.items()}
+    return Plan(peft_config=config, targets=targets, quantise=quantise, notes=notes)
 
 
 def _one_holds_the_other(first: str, second: str) -> bool:
     return first == second or first.startswith(f"{second}.") or second.startswith(f"{first}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAM(MethodSpec):
+    """Mix-and-match adapter: prefixes in attention, bottlenecks beside the feed-forward networks (arXiv 2110.04366).
+
+    softmax(Q [P_K, K]^T s) [P_V, V] in each self-attention, with n trained keys and values (see `PrefixTuning`), and
+    f(x) + s (U relu(D x + b) + c) for each feed-forward network f (see `ParallelAdapter`). He et al. 2021 found that a
+    few prefixes and a wide bottleneck share a budget best, and take n = 30, a width of 512 and s = 4 where a layer has
+    1,024 channels. Trainable parameters: 2 n c for each attention with c channels, and 2 w d + w + d for each
+    feed-forward network on d channels. For transformers at a few percent of their parameters; cannot be merged, and
+    its prefixes are no identity at the start.
+
+    Args:
+        length: Number n of keys and values.
+        width: Width w of the bottlenecks.
+        scale: The factor s.
+    """
+
+    taxonomy: ClassVar[str] = "hybrid"
+    summary: ClassVar[str] = "prefixes in attention, bottlenecks beside the rest"
+    source: ClassVar[str] = "arXiv 2110.04366"
+    sized_by: ClassVar[str] = "width"
+
+    length: int = 30
+    width: int = 64
+    scale: float = 4.0
+
+    def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
+        """Plan both parts; see the base class."""
+        from common.methods.additive import ParallelAdapter
+        from common.methods.prompts import PrefixTuning
+
+        parts = (PrefixTuning(length=self.length), ParallelAdapter(width=self.width, scale=self.scale))
+        return together("MAM", [(type(part).__name__, part.plan(model, roles)) for part in parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +202,7 @@ class PerGroup(_Composed):
                 f"PerGroup has {len(self.groups)} groups for {len(blocks)} blocks. Give at least one group and at most "
                 "one for each block, each a list of methods."
             )
+        _refuse_loners("PerGroup", [part for group in self.groups for part in group])
         plans = []
         for number, (size, parts) in enumerate(zip(spindle(len(blocks), len(self.groups)), self.groups, strict=True)):
             inside, blocks = blocks[:size], blocks[size:]
@@ -244,31 +290,71 @@ class AtBudget(_Composed):
         )
         return dataclasses.replace(plan, notes=(note, *plan.notes))
 
-    def _sized(self, size: int) -> MethodSpec:
+    def _held(self) -> MethodSpec:
         if self.method is None:
-            raise GraftError("AtBudget has no method.")
-        return dataclasses.replace(self.method, **{self.method.sized_by: size})
+            raise GraftError("AtBudget has no method. Give one with class_path and init_args.")
+        return self.method
+
+    def _sized(self, size: int) -> MethodSpec:
+        return dataclasses.replace(self._held(), **{self._held().sized_by: size})
+
+    @property
+    def alone(self) -> str:
+        """What is true of the method."""
+        return self._held().alone
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What the method asks for."""
+        return self._held().calibration
+
+    def calibrate(self, layers: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
+        """Let the method set its adapter."""
+        self._held().calibrate(layers, seen)
+
+    def after_attach(self, model: nn.Module) -> None:
+        """Let the method change the model."""
+        self._held().after_attach(model)
+
+    def rate_factor(self, name: str) -> float:
+        """Return the method's own factor."""
+        return self._held().rate_factor(name)
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """Return the method's own penalty."""
+        return self._held().penalty(model)
+
+    def after_step(self, model: nn.Module, memory: dict[str, Tensor], step: int, steps: int) -> None:
+        """Let the method act."""
+        self._held().after_step(model, memory, step, steps)
 
     def _nearest(self, model: nn.Module, roles: RoleMap | None, wanted: float) -> tuple[int, int]:
-        """Search the sizes by halving; the count grows with the size, or stays where a layer takes no more."""
-        low, high = 1, self.most
-        counts = {low: self._count(model, roles, low), high: self._count(model, roles, high)}
+        """Search the sizes by halving; the count grows with the size, or stays where a layer takes no more.
+
+        A size that the method refuses is too large.
+        """
+        low, high = 1, self.most + 1
+        counts = {low: self._count(model, roles, low)}
         while high - low > 1:
             middle = (low + high) // 2
-            counts[middle] = self._count(model, roles, middle)
+            try:
+                counts[middle] = self._count(model, roles, middle)
+            except GraftError:
+                high = middle
+                continue
             low, high = (middle, high) if counts[middle] <= wanted else (low, middle)
         size = min(counts, key=lambda size: (abs(counts[size] - wanted), size))
         return size, counts[size]
 
     def _count(self, model: nn.Module, roles: RoleMap | None, size: int) -> int:
-        """Count the trainable parameters of one size, on a copy without storage."""
+        """Count the trainable parameters of one size, on a copy."""
         import torch
         from peft import get_peft_model
 
         config = self._sized(size).plan(model, roles).peft_config
         if config is None:
             raise GraftError(f"AtBudget cannot size {type(self.method).__name__}, which adds no adapter.")
-        bare = cast("Any", copy.deepcopy(model).to("meta").requires_grad_(False))
+        bare = cast("Any", copy.deepcopy(model).requires_grad_(False))
         with torch.random.fork_rng(devices=[]):
             wrapped = get_peft_model(bare, config)
         return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class _Prompts(MethodSpec):
     taxonomy: ClassVar[str] = "prompts"
+    sized_by: ClassVar[str] = "length"
 
     length: int = 10
 

@@ -74,6 +74,7 @@ class AdapterPlus(MethodSpec):
     taxonomy: ClassVar[str] = "additive"
     summary: ClassVar[str] = "a bottleneck behind each block, scaled by channel"
     source: ClassVar[str] = "arXiv 2406.06820"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 8
     blocks: list[int] | None = None
@@ -91,6 +92,7 @@ class AdapterPlus(MethodSpec):
 @dataclass(frozen=True, kw_only=True)
 class _Reft(MethodSpec):
     kind: ClassVar[Literal["loreft", "noreft", "direft"]]
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 4
     blocks: list[int] | None = None

@@ -52,6 +52,7 @@ class ConvAdapter(OnModules):
 @dataclass(frozen=True, kw_only=True)
 class _Bottleneck(OnModules):
     activation: ClassVar[Literal["gelu", "relu"]]
+    sized_by: ClassVar[str] = "width"
 
     width: int = 64
     scale: float = 1.0

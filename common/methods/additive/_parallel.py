@@ -48,6 +48,7 @@ def _block(name: str, roles: RoleMap) -> str:
 @dataclass(frozen=True, kw_only=True)
 class _Parallel(OnModules):
     activation: ClassVar[Literal["gelu", "relu"]]
+    sized_by: ClassVar[str] = "width"
 
     width: int = 64
     scale: float = 1.0

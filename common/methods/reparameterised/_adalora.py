@@ -83,6 +83,11 @@ class AdaLoRA(OnLinear):
         )
         return config, ()
 
+    @property
+    def alone(self) -> str:
+        """See the base class."""
+        return "its ranks follow a schedule of their own"
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """Return how far the factors are from orthogonal ones."""
         from common.tuners.rank_budget import orthogonality

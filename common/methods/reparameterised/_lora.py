@@ -136,6 +136,12 @@ class LoRA(OnModules):
         engine += listed([f"{name} ({reason})" for name, reason in wrong.items()]) + "."
         return Plan(peft_config=self._own_config(targets, thirds), targets=targets, notes=(engine, *notes))
 
+    @property
+    def alone(self) -> str:
+        """See the base class; what is said of A and B by their names would reach other parts' too."""
+        own = self.freeze_a or self.b_rate != 1
+        return "freeze_a and b_rate act on all LoRA layers of a run" if own else super().alone
+
     def after_attach(self, model: nn.Module) -> None:
         """Freeze A where that is wanted."""
         for name, parameter in model.named_parameters() if self.freeze_a else ():

@@ -35,6 +35,7 @@ class LoHa(WeightChange):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "elementwise product of two low-rank changes"
     source: ClassVar[str] = "arXiv 2108.06098"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 8
     alpha: float | None = None
@@ -111,6 +112,7 @@ class HiRA(WeightChange):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "weight times a low-rank matrix, elementwise"
     source: ClassVar[str] = "OpenReview TwJrTz9cRS"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 32
 

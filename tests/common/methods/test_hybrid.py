@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 
 import pytest
 import torch
 
 from common.attach import attach
 from common.errors import GraftError
-from common.methods import METHODS, AtBudget, BitFit, FullFineTune, Houlsby, LoRA, Mixture, NormTuning, PerGroup, VeRA
+from common.images import backbones as images
+from common.methods import (
+    MAM,
+    METHODS,
+    AdaLoRA,
+    AtBudget,
+    BitFit,
+    FishMask,
+    FullFineTune,
+    Houlsby,
+    LoRA,
+    Mixture,
+    NormTuning,
+    PerGroup,
+    VeRA,
+)
 from common.methods.hybrid import spindle
 from tests.toy import FAMILY, toy_backbone
 
@@ -49,6 +66,9 @@ def test_parts_are_built_from_the_plain_values_of_a_record():
     [
         ([], "Mixture has no parts"),
         ([LoRA(), FullFineTune()], "Mixture cannot hold FullFineTune, which adds no adapter"),
+        ([LoRA(b_rate=4), NormTuning()], "Mixture cannot hold LoRA: freeze_a and b_rate act on all"),
+        ([AdaLoRA()], "Mixture cannot hold AdaLoRA: its ranks follow a schedule"),
+        ([FishMask()], "Mixture cannot hold FishMask: it looks at training data"),
         ([LoRA(), BitFit()], "LoRA acts on '.*' and BitFit on '.*', and no module may be in two parts"),
     ],
 )
@@ -112,6 +132,45 @@ def test_the_size_nearest_to_the_budget_is_taken(method, share):
     got = sum(p.numel() for p in trainable(result).values())
     assert abs(got - share * total) == abs(best - share * total)
     assert f"{got:,} trainable parameters" in result.plan.notes[0]
+
+
+@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.sized_by])
+def test_every_sized_method_meets_a_budget(method):
+    """Between the sizes below and above, within one step of the wanted share."""
+    spec = METHODS[method]()
+    vit = images.build("test_vit", 32, pretrained=False)
+    total = sum(p.numel() for p in vit.model.parameters())
+    result = attach(vit.model, AtBudget(method=spec, share=0.02, most=24), vit.family, name="vit")
+    count = number(result)
+    size = int(re.search(rf"{spec.sized_by} (\d+) meets", result.plan.notes[0])[1])
+    steps = [size - 1, size + 1]
+    for step in (step for step in steps if 1 <= step <= 24):
+        other = images.build("test_vit", 32, pretrained=False)
+        try:
+            near = number(attach(other.model, dataclasses.replace(spec, **{spec.sized_by: step}), other.family))
+        except GraftError:  # more than the layers take
+            continue
+        assert abs(count - 0.02 * total) <= abs(near - 0.02 * total)
+
+
+def test_a_budget_passes_on_what_the_method_does_while_it_trains():
+    inner = LoRA(b_rate=16, freeze_a=True)
+    spec = AtBudget(method=inner, share=0.1, most=4)
+    result = attached(spec)
+    assert not any("lora_A" in name for name in trainable(result))
+    name = "backbone.base_model.model.blocks.0.qkv.lora_B.default.weight"
+    assert spec.rate_factor(name) == inner.rate_factor(name) == 16
+    assert AtBudget(method=FishMask()).calibration == FishMask().calibration
+
+
+def test_mam_is_prefixes_and_parallel_bottlenecks():
+    vit = images.build("test_vit", 32, pretrained=False)
+    result = attach(vit.model, MAM(length=5, width=6), vit.family, name="vit")
+    blocks, width = len(vit.model.blocks), vit.width
+    assert number(result) == blocks * (2 * 5 * width + 2 * 6 * width + 6 + width)
+    assert {name.rpartition(".")[2] for name in result.plan.targets} == {"attn", "fc2"}
+    with pytest.raises(GraftError, match="no module may be in two parts"):
+        attached(MAM())  # whose attention and feed-forward network are one module
 
 
 def test_a_budget_leaves_the_random_state_and_the_model_alone():
