@@ -7,16 +7,27 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from common.methods import METHODS, MethodSpec
+from common.methods import METHODS, LoRA, MethodSpec, NormTuning
 
 # Settings in place of a method's defaults, each with its reason.
-TINY: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+TINY: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "Mixture": {"parts": [LoRA(), NormTuning()]},  # a composed method is what it is composed of
+        "PerGroup": {"groups": [[NormTuning()], [LoRA()]]},
+        "AtBudget": {"method": LoRA(), "share": 0.02},
+    }
+)
 
 # Methods whose start changes the output by design, each with its reason. All others have to start as the bare network.
 CHANGES_AT_START: Mapping[str, str] = MappingProxyType(
     {
         "VBLoRA": "the vector bank is not zero at the start, as in the paper",
         "UniLoRA": "the one trained vector is not zero at the start, as in the paper",
+        "VPTShallow": "a prompt is seen from the start",
+        "VPTDeep": "a prompt is seen from the start",
+        "PromptTuning": "a prompt is seen from the start",
+        "PrefixTuning": "keys and values near zero take weight off the own ones",
+        "MAM": "its prefixes take weight off the own keys",
     }
 )
 
