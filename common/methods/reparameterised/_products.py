@@ -147,6 +147,7 @@ class MiSS(WeightChange):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "one shard added to all runs of inputs"
     source: ClassVar[str] = "arXiv 2409.15371"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 64
 
@@ -187,6 +188,7 @@ class DeLoRA(WeightChange):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "low-rank change of bounded size"
     source: ClassVar[str] = "arXiv 2503.18225"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 8
     bound: float = 15.0
@@ -226,6 +228,7 @@ class DEFT(WeightChange):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "take a subspace out of the weight and put another in"
     source: ClassVar[str] = "arXiv 2509.22793"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 8
 
@@ -301,6 +304,7 @@ class GLoRA(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "scale, shift and low-rank change in one"
     source: ClassVar[str] = "arXiv 2306.07967"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 8
 
@@ -335,6 +339,7 @@ class PEANuT(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "a small network writes the weight's change"
     source: ClassVar[str] = "arXiv 2410.01870"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 32
     depth: int = 0

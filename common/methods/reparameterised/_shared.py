@@ -30,6 +30,7 @@ class VeRA(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "shared random matrices, trained scaling vectors"
     source: ClassVar[str] = "arXiv 2310.11454"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 256
     dropout: float = 0.0
@@ -75,6 +76,7 @@ class PVeRA(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "VeRA with noise in training"
     source: ClassVar[str] = "arXiv 2512.07703"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 256
     dropout: float = 0.0
@@ -218,6 +220,7 @@ class TinyLoRA(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "a few numbers along the weight's directions"
     source: ClassVar[str] = "arXiv 2602.04118"
+    sized_by: ClassVar[str] = "parameters"
 
     rank: int = 2
     parameters: int = 64
@@ -263,6 +266,7 @@ class UniLoRA(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "all low-rank factors out of one vector"
     source: ClassVar[str] = "arXiv 2506.00799"
+    sized_by: ClassVar[str] = "length"
 
     rank: int = 4
     length: int = 256

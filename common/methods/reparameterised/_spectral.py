@@ -31,6 +31,7 @@ class FourierFT(WeightChange):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "few Fourier coefficients of the change"
     source: ClassVar[str] = "arXiv 2405.03003"
+    sized_by: ClassVar[str] = "entries"
 
     entries: int = 1000
     scale: float = 150.0
@@ -79,6 +80,7 @@ class WaveFT(OnLinear):
     taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "few wavelet coefficients of the change"
     source: ClassVar[str] = "arXiv 2505.12532"
+    sized_by: ClassVar[str] = "entries"
 
     entries: int = 2592
     scale: float = 25.0
