@@ -90,6 +90,7 @@ SMALL = {
     "ParallelAdapter": {"width": 3},
     "AdaptFormer": {"width": 3},
     "Convpass": {"width": 3},
+    "ConvLoRA": {"rank": 2, "experts": 2},
     **{name: {"rank": 2} for name in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT")},
     "LST": {"reduction": 4},
     "InvertibleAdapter": {"on": ["stem"]},

@@ -18,6 +18,7 @@ from common.tuners.behind_block import PostAdapterConfig, PostAdapterModel, Reft
 from common.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from common.tuners.compacter import CompacterConfig, CompacterModel
 from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
+from common.tuners.conv_lora import ConvLoraConfig, ConvLoraModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.fact import FactConfig, FactModel
 from common.tuners.invertible import InvertibleConfig, InvertibleModel, halves
@@ -42,6 +43,8 @@ __all__ = [
     "CompacterModel",
     "ConvAdapterConfig",
     "ConvAdapterModel",
+    "ConvLoraConfig",
+    "ConvLoraModel",
     "CopiesConfig",
     "CopiesModel",
     "FactConfig",
@@ -82,6 +85,7 @@ __all__ = [
 OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     BottleneckConfig: BottleneckModel,
     ConvAdapterConfig: ConvAdapterModel,
+    ConvLoraConfig: ConvLoraModel,
     CopiesConfig: CopiesModel,
     MixtureConfig: MixtureModel,
     PrefixConfig: PrefixModel,

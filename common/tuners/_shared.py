@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
@@ -40,6 +42,45 @@ def zero(layer: nn.Module) -> None:
     """Let a layer start with zeros."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def split_grid(tokens: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Part tokens into those before the grid and a map of the others.
+
+    Args:
+        tokens: (B, N, C), or (B, *sides, C) where the grid's sides are zeros.
+        grid: Number of prefix tokens, then positions along each axis.
+
+    Returns:
+        Prefix tokens (B, P, C) and the map (B, C, *sides).
+
+    Raises:
+        ValueError: The tokens do not fill the grid.
+    """
+    prefix, *sides = grid
+    if not any(sides):
+        return tokens.flatten(1, -2)[:, :0], tokens.movedim(-1, 1)
+    if tokens.shape[1] != prefix + math.prod(sides):
+        raise ValueError(
+            f"A layer reads {tokens.shape[1]} tokens, and its grid has {prefix} + {' x '.join(map(str, sides))}; "
+            "give images of the size that the backbone was built for."
+        )
+    return tokens[:, :prefix], tokens[:, prefix:].mT.unflatten(2, sides)
+
+
+def join_grid(first: Tensor, maps: Tensor, grid: Sequence[int]) -> Tensor:
+    """Put the tokens that `split_grid` parted together again."""
+    if not any(grid[1:]):
+        return maps.movedim(1, -1)
+    tokens = maps.flatten(2).mT
+    return torch.cat((first, tokens), dim=1) if grid[0] else tokens
+
+
+def centre_identity(kernel: Tensor, axes: int) -> None:
+    """Fill a kernel (..., C, C, 3, ...) over so many axes with what hands each channel on as it is."""
+    with torch.no_grad():
+        kernel.zero_()
+        kernel[(..., *(1,) * axes)] = torch.eye(kernel.shape[-1 - axes], dtype=kernel.dtype, device=kernel.device)
 
 
 class Passage:

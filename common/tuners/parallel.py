@@ -8,17 +8,24 @@ the bottleneck stands.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from common.tuners._base import OwnConfig, OwnTuner, UnmergedLayer, like
-from common.tuners._shared import ACTIVATIONS, Passage, check_activation, pointwise, zero
+from common.tuners._shared import (
+    ACTIVATIONS,
+    Passage,
+    centre_identity,
+    check_activation,
+    join_grid,
+    pointwise,
+    split_grid,
+    zero,
+)
 
 PARALLEL_ADAPTER = "PARALLEL_ADAPTER"
 
@@ -94,7 +101,7 @@ class ParallelLayer(PairedLayer):
         """Add the bottleneck from the other layer's input to this one's output."""
         base: Any = self.get_base_layer()
         if not isinstance(tap, InputTap):
-            raise TypeError(f"'{config.pairs[key]}' is no layer before '{key}' that could pass its input on.")
+            raise TypeError(f"'{config.pairs[key]}' ends another sub-layer, so it cannot pass its input on to '{key}'.")
         reads: Any = tap.get_base_layer()
         if not parallel_fits(reads, base):
             raise TypeError(
@@ -136,23 +143,14 @@ class ParallelLayer(PairedLayer):
 
     def _over_grid(self, adapter_name: str, narrow: Tensor) -> Tensor:
         """Run the convolution over the tokens (B, N, w), (B, *grid, w) or, of a convolution, (B, w, *grid)."""
-        conv = self.padapter_conv[adapter_name]
-        prefix, *sides = self.grids[adapter_name]
+        conv, grid = self.padapter_conv[adapter_name], self.grids[adapter_name]
         if isinstance(self.get_base_layer(), _ConvNd):
             return conv(narrow)
-        if not any(sides):
-            return conv(narrow.movedim(-1, 1)).movedim(1, -1)
-        if narrow.shape[1] != prefix + math.prod(sides):
-            raise ValueError(
-                f"A layer reads {narrow.shape[1]} tokens, and its grid has {prefix} + {' x '.join(map(str, sides))}; "
-                "give images of the size that the backbone was built for."
-            )
-        first, tokens = narrow[:, :prefix], narrow[:, prefix:]
-        tokens = conv(tokens.mT.unflatten(2, sides)).flatten(2).mT
-        if not prefix:
-            return tokens
-        alone = conv(first.flatten(0, 1)[(..., *(None,) * len(sides))])  # (B * prefix, w, 1, ...)
-        return torch.cat((alone.flatten(1).view_as(first), tokens), dim=1)
+        first, maps = split_grid(narrow, grid)
+        if first.shape[1]:
+            alone = conv(first.flatten(0, 1)[(..., *(None,) * (len(grid) - 1))])  # (B * prefix, w, 1, ...)
+            first = alone.flatten(1).view_as(first)
+        return join_grid(first, conv(maps), grid)
 
 
 def parallel_fits(reads: nn.Module, base: nn.Module) -> bool:
@@ -170,8 +168,7 @@ def _convolution(base: nn.Linear | _ConvNd, width: int, axes: int) -> nn.Module:
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
     conv = kind(width, width, 3, padding=1, **like(base.weight))
     zero(conv)
-    with torch.no_grad():
-        conv.weight[(..., *(1,) * axes)].fill_diagonal_(1.0)
+    centre_identity(conv.weight, axes)
     return conv
 
 
@@ -202,6 +199,18 @@ class ParallelModel(OwnTuner):
         if puts_out:
             if not isinstance(layer, ParallelLayer):
                 raise TypeError(f"'{current_key}' ends one sub-layer and begins another; a layer can do one of them.")
-            layer.connect(adapter_name, config, current_key, self.model.get_submodule(config.pairs[current_key]))
+            layer.connect(adapter_name, config, current_key, self._tap(adapter_name, config, config.pairs[current_key]))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
+
+    def _tap(self, adapter_name: str, config: ParallelConfig, key: str) -> nn.Module:
+        """Return the layer that reads a sub-layer's input; a model may define it behind the one that puts out."""
+        layer = self.model.get_submodule(key)
+        if not isinstance(layer, PairedLayer):
+            parent, _, name = key.rpartition(".")
+            tap = InputTap(layer, adapter_name, config, key)
+            self._replace_module(self.model.get_submodule(parent), name, tap, layer)
+            return tap
+        if isinstance(layer, InputTap) and adapter_name not in layer.padapter_tap:
+            layer.update_layer(adapter_name, config, key)
+        return layer

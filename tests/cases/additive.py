@@ -43,6 +43,11 @@ def _convpass(spec, model, targets):
     return _parallel(spec, model, targets) + len(targets) * (3 * spec.width**2 + spec.width)
 
 
+def _conv_lora(spec, layer, role):
+    inside = spec.experts * (3 * spec.rank**2 + spec.rank) + spec.rank * spec.experts + spec.experts
+    return spec.rank * (layer.in_features + layer.out_features) + inside
+
+
 def _compacter(spec, model, targets):
     outputs = [matrix(model.get_submodule(name))[0] for name in targets]
     n = max(n for n in range(1, spec.division + 1) if all(size % n == 0 for size in outputs))
@@ -140,6 +145,13 @@ CASES = {
         zoo=None,
         total=_convpass,
         without_family=r"Convpass needs the grid .* an architecture without a family",
+        **_BESIDE,
+    ),
+    "ConvLoRA": Case(
+        toy=toy("ConvLoRA"),
+        zoo=None,
+        per_layer=_conv_lora,
+        familyless=r"ConvLoRA needs the grid .* an architecture without a family",
         **_BESIDE,
     ),
     "AdapterPlus": Case(toy=toy("AdapterPlus"), zoo=None, per_layer=_adapter_plus, **_BLOCKS),

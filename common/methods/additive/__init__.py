@@ -11,6 +11,7 @@ from common.methods.additive._bottlenecks import (
     Pfeiffer,
     RepAdapter,
 )
+from common.methods.additive._conv_lora import ConvLoRA
 from common.methods.additive._parallel import AdaptFormer, Convpass, ParallelAdapter
 from common.methods.additive._scaling import IA3, SSF
 
@@ -22,6 +23,7 @@ __all__ = [
     "AdapterPlus",
     "Compacter",
     "ConvAdapter",
+    "ConvLoRA",
     "Convpass",
     "DiReFT",
     "Houlsby",

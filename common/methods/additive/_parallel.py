@@ -23,26 +23,50 @@ _QUERY = ("qkv", "q_proj", "query", "q", "query.proj")
 def sub_layers(roles: RoleMap) -> dict[str, list[str]]:
     """Find the layers of each attention and each feed-forward network that read its input.
 
+    A block that holds several of a kind, such as the attentions of a decoder, keeps each in a module of its own.
+
     Returns:
         Name of the layer that puts out a sub-layer's result to the names of those before it, the one that reads what
         the sub-layer is asked for first; in the model's order.
     """
-    found: dict[str, list[str]] = {}
-    begun: dict[str, list[str]] = {out: [] for out in _ENDS.values()}
+    held: dict[tuple[str, str], list[str]] = {}
     for name, role in roles.role_of.items():
-        if role in _ENDS:
-            begun[_ENDS[role]].append(name)
-        elif role in begun:
-            inside = [n for n in begun[role] if _block(n, roles) == _block(name, roles)]
+        held.setdefault((_block(name, roles), role), []).append(name)
+    found: dict[str, list[str]] = {}
+    for (block, role), outs in held.items():
+        reading = [n for begins, ends in _ENDS.items() if ends == role for n in held.get((block, begins), [])]
+        for out in outs if reading else []:
+            inside = [n for n in reading if len(outs) == 1 or n.rpartition(".")[0] == out.rpartition(".")[0]]
             asked = [n for n in inside if role == "ffn_out" or any(f".{n}".endswith(f".{last}") for last in _QUERY)]
             if asked:
-                found[name] = [asked[0], *(n for n in inside if n != asked[0])]
-            begun[role] = []
-    return found
+                found[out] = [asked[0], *(n for n in inside if n != asked[0])]
+    return {name: found[name] for name in roles.role_of if name in found}
 
 
 def _block(name: str, roles: RoleMap) -> str:
     return next((block for block in roles.blocks if name.startswith(f"{block}.")), "")
+
+
+def grids_of(method: str, reads: Mapping[str, str], roles: RoleMap | None) -> dict[str, list[int]]:
+    """Return the grids in which tokens lie, as prefix tokens and positions along each axis, by layer.
+
+    Args:
+        method: The method's name, for the message.
+        reads: Name of a layer to the one whose input is meant.
+        roles: The backbone's roles, or None without a family.
+
+    Raises:
+        GraftError: There is no grid at some of the layers.
+    """
+    grids = {name: roles.grid_of(read) if roles else None for name, read in reads.items()}
+    without = [name for name, grid in grids.items() if grid is None]
+    if without:
+        raise GraftError(
+            f"{method} needs the grid in which the tokens lie, and Graft knows none at {listed(without)} of "
+            f"{f'this {roles.family} backbone' if roles else 'an architecture without a family'}. Choose other "
+            "roles with 'on', or another method."
+        )
+    return {name: [grid.prefix, *grid.sides] for name, grid in grids.items() if grid is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +102,8 @@ class _Parallel(OnModules):
         """Return the chosen sub-layers as `sub_layers` does, and the layers behind which they end with their roles."""
         name, chosen = type(self).__name__, self.select(model, roles)
         if self.target_modules is not None:
-            order = [module for module, _ in model.named_modules()]
             given = list(zip(self.target_modules[::2], self.target_modules[1::2], strict=False))
-            if len(self.target_modules) % 2 or any(order.index(a) >= order.index(b) for a, b in given):
+            if len(self.target_modules) % 2 or len(set(self.target_modules)) < len(self.target_modules):
                 raise GraftError(
                     f"{name} target_modules {self.target_modules} are no pairs. Give for each sub-layer the layer that "
                     "reads its input, then the one that puts out its result."
@@ -197,12 +220,4 @@ class Convpass(_Parallel):
     width: int = 8
 
     def _grids(self, pairs: Mapping[str, str], roles: RoleMap | None) -> dict[str, list[int]]:
-        grids = {out: roles.grid_of(reads) if roles else None for out, reads in pairs.items()}
-        without = [out for out, grid in grids.items() if grid is None]
-        if without:
-            raise GraftError(
-                f"Convpass needs the grid in which the tokens lie, and Graft knows none at {listed(without)} of "
-                f"{f'this {roles.family} backbone' if roles else 'an architecture without a family'}. Choose other "
-                "roles with 'on', or another method."
-            )
-        return {out: [grid.prefix, *grid.sides] for out, grid in grids.items() if grid is not None}
+        return grids_of("Convpass", pairs, roles)

@@ -151,6 +151,7 @@ REFUSED |= {
         ("ParallelAdapter", "ffn", FEEDLESS),
         ("AdaptFormer", "ffn", FEEDLESS),
         ("Convpass", "attention", CNNS),
+        ("ConvLoRA", "attention_qkv", CNNS),
         ("RepAdapter", "attention_qkv", CNNS),
         ("DiffFit", "attention_out", CNNS),
         ("SCT", "attention_out", CNNS),
@@ -169,7 +170,11 @@ REFUSED |= {
     for key in CNNS
 }
 REFUSED |= {("LST", key): "LST needs blocks of one width, and this backbone's have 16, 32" for key in WINDOWED}
-REFUSED |= {("Convpass", key): "Convpass needs the grid .* none at .*attn.proj and 2 more of this" for key in WINDOWED}
+REFUSED |= {
+    (method, key): f"{method} needs the grid .* none at .*attn.* and 2 more of this"
+    for method in ("Convpass", "ConvLoRA")
+    for key in WINDOWED
+}
 
 
 @pytest.mark.parametrize(("key", "method"), on_networks(NETS, first=("vit", "resnet")))

@@ -99,6 +99,30 @@ def test_beside_attention_it_reads_the_queries_sequence():
     probe(attached, run)
 
 
+def test_an_attention_may_define_its_layers_in_any_order():
+    net = nn.ModuleList([nn.ModuleDict({"out_proj": nn.Linear(4, 4), "qkv": nn.Linear(4, 12)})])
+    assert sub_layers(resolve(net, cross("qkv"))) == {"0.out_proj": ["0.qkv"]}
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        names = ("out_proj", "k_proj", "v_proj", "q_proj")
+        self.own, self.cross = (nn.ModuleDict({name: nn.Linear(4, 4) for name in names}) for _ in range(2))
+
+
+def test_several_attentions_of_a_block_are_kept_apart():
+    roles = {
+        "attention_qkv": (Pattern(r"\d+\.(own|cross)\.[kvq]_proj", (nn.Linear,)),),
+        "attention_out": (Pattern(r"\d+\.(own|cross)\.out_proj", (nn.Linear,)),),
+    }
+    family = Family(name="decoder", block=r"\d+", roles=roles)
+    known = sub_layers(resolve(nn.ModuleList([Decoder()]), family))
+    assert known == {
+        f"0.{name}.out_proj": [f"0.{name}.{part}_proj" for part in ("q", "k", "v")] for name in ("own", "cross")
+    }
+
+
 def test_an_attention_whose_queries_have_no_known_name_is_refused():
     with pytest.raises(GraftError, match=r"'0.k_proj' \(attention_qkv\), .* is in none whose beginning and end Graft"):
         attach(nn.ModuleList([Attention()]), ParallelAdapter(on=["attention"]), cross("[kv]_proj"))
@@ -108,7 +132,7 @@ def test_an_attention_whose_queries_have_no_known_name_is_refused():
 
 def test_pairs_by_name_are_two_and_in_order():
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Conv1d(4, 4, 3))
-    for names in (["0"], ["1", "0"], ["0", "1", "1"], ["1", "1"]):
+    for names in (["0"], ["0", "1", "1"], ["1", "1"]):
         with pytest.raises(GraftError, match=r"are no pairs\. Give for each sub-layer the layer that reads its input"):
             attach(net, ParallelAdapter(target_modules=names), None)
     with pytest.raises(GraftError, match=r"cannot act between '0' \(Linear\) and '2' \(Conv1d\); it takes two Linear"):

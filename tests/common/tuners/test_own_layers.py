@@ -15,6 +15,7 @@ from common.tuners import (
     BottleneckConfig,
     CompacterConfig,
     ConvAdapterConfig,
+    ConvLoraConfig,
     CopiesConfig,
     FactConfig,
     InvertibleConfig,
@@ -122,6 +123,8 @@ def test_all_types_are_own():
     without_layer = {MixtureConfig}  # see test_mixture.py
     assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - without_layer
     assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - {ParallelConfig}  # which needs two layers
+    """Two act on no convolution: a pair of layers is in `test_parallel.py`, linear layers in `test_conv_lora.py`."""
+    assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - {ParallelConfig, ConvLoraConfig}
     assert all(is_own(config().peft_type) for config in CONFIGS.values())
     assert {type(make()) for make in CONFIGS.values()} | OF_TOKENS == OWN.keys()
     assert all(is_own(config().peft_type) for config in OWN)

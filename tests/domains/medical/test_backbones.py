@@ -164,6 +164,7 @@ def test_blocks_are_in_the_order_in_which_they_run(key, dims):
 # A method may act on some roles only; a network without them is refused.
 ON = {(method, key): ["attention", "ffn"] for method in LINEAR_ONLY if method != "BEFT" for key in ("unetr", "swin")}
 ON["Convpass", "swin"] = ["ffn"]  # whose attention reads windows
+ON["ConvLoRA", "swin"] = ["ffn"]
 BLOCKS = ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")
 REFUSED = {
     (method, key): reason
@@ -179,6 +180,7 @@ REFUSED = {
         ("ParallelAdapter", r"Role 'ffn' matches no module of this"),
         ("AdaptFormer", r"Role 'ffn' matches no module of this"),
         ("Convpass", r"Role 'attention' matches no module of this"),
+        ("ConvLoRA", r"Role 'attention_qkv' matches no module of this"),
         ("RepAdapter", r"Role 'attention_qkv' matches no module of this"),
         *((method, "acts on the hidden states that blocks hand on") for method in BLOCKS),
     )

@@ -103,8 +103,13 @@ REFUSED = {
     ("ParallelAdapter", "unirep"): "Role 'ffn' matches no module of this unirep",
     ("AdaptFormer", "unirep"): "Role 'ffn' matches no module of this unirep",
     ("RepAdapter", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
-    **{("Convpass", key): "Convpass needs the grid .* none at .* of this esm backbone" for key in ("esm2", "esm1b")},
+    **{
+        (method, key): f"{method} needs the grid .* none at .* of this esm backbone"
+        for method in ("Convpass", "ConvLoRA")
+        for key in ("esm2", "esm1b")
+    },
     ("Convpass", "unirep"): "Role 'attention' matches no module of this unirep",
+    ("ConvLoRA", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
     **{
         (method, "unirep"): f"{method} acts on the hidden states that blocks hand on"
         for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")

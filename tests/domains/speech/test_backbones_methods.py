@@ -109,8 +109,11 @@ ON = {
 REFUSED = {
     (method, "wavlm"): f"{method} cannot act on this wavlm backbone: it scores features by their distance"
     for method in ("VPTShallow", "VPTDeep", "PromptTuning")
+} | {
+    (name, key): f"{name} needs the grid in which the tokens lie"
+    for name in ("Convpass", "ConvLoRA")
+    for key in NETWORKS
 }
-REFUSED |= {("Convpass", key): "Convpass needs the grid in which the tokens lie" for key in NETWORKS}
 
 
 def spec_of(method, key):
