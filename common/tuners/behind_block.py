@@ -141,8 +141,8 @@ class ReftConfig(BlockConfig):
 class ReftLayer(BlockLayer):
     """h + R^T (W h + b - R h), or h + R^T (W h + b) with `direft`; R and W (r, C), of each token h.
 
-    With `loreft` R is the orthonormal factor of a free (C, r) matrix. At the start W is R, or 0 with `direft`, and b
-    is 0, so that nothing changes.
+    With `loreft` R is the orthonormal factor of a free (C, r) matrix whose triangular one has a positive diagonal. At
+    the start W is R, or 0 with `direft`, and b is 0, so that nothing changes.
     """
 
     adapter_layer_names: tuple[str, ...] = ("reft_subspace", "reft_source", "reft_bias")
@@ -176,7 +176,10 @@ class ReftLayer(BlockLayer):
         if self.kind[adapter_name] != "loreft":
             return free.mT
         with torch.autocast(free.device.type, enabled=False):
-            return torch.linalg.qr(free).Q.mT
+            factors = torch.linalg.qr(free)
+            # A library may choose a column's sign; a positive diagonal leaves it no choice, so that an adapter reloads.
+            signs = torch.where(factors.R.diagonal() < 0, -1.0, 1.0).to(free.dtype)
+            return (factors.Q * signs).mT
 
     def change(self, adapter_name: str, hidden: Tensor) -> Tensor:
         """Compute the edit; tokens that stay get zero."""

@@ -46,7 +46,7 @@ def _channels(method: str, model: nn.Module, roles: RoleMap | None, blocks: list
     return {name: size for i, (name, size) in enumerate(channels.items()) if i in blocks}
 
 
-def _lowered(what: str, size: int, channels: dict[str, int]) -> None:
+def _check_rank(what: str, size: int, channels: dict[str, int]) -> None:
     """Refuse a width that is none, or one that no block could use."""
     narrow = [f"{name} ({c})" for name, c in channels.items() if c < size]
     if size < 1 or narrow:
@@ -84,7 +84,7 @@ class AdapterPlus(MethodSpec):
         from common.tuners import PostAdapterConfig
 
         channels = _channels("AdapterPlus", model, roles, self.blocks)
-        _lowered("AdapterPlus rank", self.rank, channels)
+        _check_rank("AdapterPlus rank", self.rank, channels)
         config = PostAdapterConfig(target_modules=exact(list(channels)), channels=channels, width=self.rank)
         return Plan(peft_config=config, targets=dict.fromkeys(channels, "block"))
 
@@ -104,7 +104,7 @@ class _Reft(MethodSpec):
 
         name = type(self).__name__
         channels = _channels(name, model, roles, self.blocks)
-        _lowered(f"{name} rank", self.rank, channels)
+        _check_rank(f"{name} rank", self.rank, channels)
         if self.first is not None and self.first < 1:
             raise GraftError(f"{name} first is {self.first}; give a number of tokens from 1, or leave it out for all.")
         config = ReftConfig(

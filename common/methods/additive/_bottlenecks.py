@@ -183,10 +183,10 @@ class InvertibleAdapter(OnModules):
 
     With h = f(x) (d channels) the output of an embedding, cut into halves h1 and h2: o1 = h1 + F(h2), o2 = h2 + G(o1),
     F and G bottlenecks U relu(D . + b) + c of width a = d / 2 // reduction, U = 0 and c = 0 at the start. Such a
-    coupling can be inverted, so that a language model's output layer could use the inverse; no backbone here has its
-    output layer tied to its embedding, so only the forward map is used. Trainable parameters for each layer, with
-    halves of p and q channels: of F q a + a + a p + p with a = max(1, q // reduction), of G the same with p and q
-    exchanged. Reduction 2 as in the paper. For another alphabet or other kinds of input, usually beside adapters in the
+    coupling can be inverted, and the paper puts the inverse before a language model's output layer; here the output
+    layer is a head of its own, and only the forward map is used. Trainable parameters for each layer, with halves of p
+    and q channels: of F q a + a + a p + p with a = max(1, q // reduction), of G the same with p and q exchanged.
+    Reduction 2 as in the paper. For another alphabet or other kinds of input, usually beside adapters in the
     blocks; on images behind the patch embedding (`on: [stem]`). Cannot be merged.
 
     Args:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -40,14 +45,14 @@ class Net(nn.Module):
 
 COMMON = {"target_modules": "block", "channels": {"block": 6}, "width": 2}
 CONFIGS = {
-    "post": lambda: PostAdapterConfig(**COMMON),
-    **{kind: lambda kind=kind: ReftConfig(kind=kind, **COMMON) for kind in ("loreft", "noreft", "direft")},
+    "post": PostAdapterConfig,
+    **{kind: functools.partial(ReftConfig, kind=kind) for kind in ("loreft", "noreft", "direft")},
 }
 EACH = pytest.mark.parametrize("kind", CONFIGS)
 
 
-def wrap(kind, puts_out="tensor"):
-    return get_peft_model(Net(puts_out), CONFIGS[kind]())
+def wrap(kind, puts_out="tensor", **options):
+    return get_peft_model(Net(puts_out), CONFIGS[kind](**(COMMON | options)))
 
 
 def randomise(model):
@@ -71,20 +76,38 @@ def edited(model, kind, hidden):
         down, up, scale = (getattr(block, f"postadapter_{part}")["default"] for part in ("down", "up", "scale"))
         return hidden + scale * (functional.gelu(hidden @ down.weight.T + down.bias) @ up.weight.T + up.bias)
     free, source, bias = (getattr(block, f"reft_{part}")["default"] for part in ("subspace", "source", "bias"))
-    basis = torch.linalg.qr(free).Q.T if kind == "loreft" else free.T
+    basis = torch.linalg.cholesky(free.T @ free).inverse() @ free.T if kind == "loreft" else free.T  # by Gram-Schmidt
     taken = 0 if kind == "direft" else hidden @ basis.T
     return hidden + (hidden @ source.T + bias - taken) @ basis
 
 
 @EACH
-def test_the_hidden_state_is_edited_by_the_formula(kind):
-    model = wrap(kind)
+@settings(max_examples=10, deadline=None)
+@given(width=st.integers(1, 6), shape=st.lists(st.integers(1, 3), max_size=3))
+def test_the_hidden_state_is_edited_by_the_formula(kind, width, shape):
+    model, state = wrap(kind, width=width), torch.randn(*shape, 6)
     with torch.no_grad():
-        assert torch.equal(model(x()), bare())
+        expected = Net("tensor").requires_grad_(False)(state)
+        assert torch.equal(model(state), expected)
         randomise(model)
-        torch.testing.assert_close(model(x()), edited(model, kind, bare()), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(state), edited(model, kind, expected), atol=1e-3, rtol=1e-3)
         with model.disable_adapter():
-            assert torch.equal(model(x()), bare())
+            assert torch.equal(model(state), expected)
+
+
+def test_a_subspace_does_not_depend_on_the_signs_that_a_library_chooses():
+    model, x0 = randomise(wrap("loreft")), x()
+    block = model.base_model.model.block
+    expected = model(x0)
+    qr = torch.linalg.qr
+
+    def flipped(matrix):
+        factors = qr(matrix)
+        return torch.return_types.linalg_qr((-factors.Q, -factors.R))
+
+    with mock.patch.object(torch.linalg, "qr", flipped):
+        torch.testing.assert_close(model(x0), expected)
+    assert block.basis("default").shape == (2, 6)
 
 
 @EACH
