@@ -229,4 +229,6 @@ class LST(MethodSpec):
             width=widths[0] // self.reduction,
             previous=previous,
         )
-        return Plan(peft_config=config, targets=dict.fromkeys(channels, "block"))
+        stacks = sum(before is None for before in previous.values())
+        note = f"LST builds {stacks} ladders, one for each stack of blocks; gradients pass the stacks behind the first."
+        return Plan(peft_config=config, targets=dict.fromkeys(channels, "block"), notes=(note,) if stacks > 1 else ())

@@ -81,7 +81,11 @@ def two(widths, pattern=r"(first|second)\.\d+"):
 
 
 def test_each_stack_of_blocks_has_a_ladder_of_its_own():
-    config = attach(two((8, 8))[0], LST(reduction=4), two((8, 8))[1]).plan.peft_config
+    plan = attach(two((8, 8))[0], LST(reduction=4), two((8, 8))[1]).plan
+    assert plan.notes == (
+        "LST builds 2 ladders, one for each stack of blocks; gradients pass the stacks behind the first.",
+    )
+    config = plan.peft_config
     assert config.previous == {"first.0": None, "first.1": "first.0", "second.0": None, "second.1": "second.0"}
     assert config.width == 2
 
