@@ -176,7 +176,9 @@ def _fewer(
         if not 0 < part <= 1:
             raise GraftError(f"--shots {amount} is not possible. Give more than 0 % and at most 100 %.")
         if offered.shares:
-            return {f"data.{offered.shares}": part}
+            own = data.get("init_args") if isinstance(data, dict) else None
+            counted = isinstance(own, dict) and own.get(offered.counts) is not None
+            return {f"data.{offered.shares}": part, **({f"data.{offered.counts}": None} if counted else {})}
         raise GraftError(f"--shots {amount}: the data of '{recipe}', {name}, cannot be cut to a share; {can}.")
     if amount == ALL:
         if offered.counts and offered.whole:

@@ -6,7 +6,10 @@ import hashlib
 import subprocess
 import sys
 
-from common.splits import stable_hash
+import pytest
+
+from common.errors import GraftError
+from common.splits import check_share, stable_hash, take_share
 
 
 def test_a_hash_is_the_first_64_bits_of_a_salted_blake2b():
@@ -19,3 +22,20 @@ def test_a_hash_is_the_same_in_another_process():
     code = "from common.splits import stable_hash; print(stable_hash('a'))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(found) == stable_hash("a")
+
+
+def test_a_share_is_of_each_class_and_less_is_a_part_of_more():
+    ids, labels = [f"e{n}" for n in range(60)], ["a"] * 40 + ["b"] * 19 + ["c"]
+    half, tenth = (take_share(ids, labels, share, "s") for share in (0.5, 0.1))
+    assert [sum(labels[ids.index(name)] == label for name in half) for label in "abc"] == [20, round(9.5), 1]
+    assert [sum(labels[ids.index(name)] == label for name in tenth) for label in "abc"] == [4, 2, 1]
+    assert tenth < half
+    assert take_share(ids, labels, 1.0, "s") == set(ids)
+    assert take_share(ids, labels, 0.5, "other") != half
+    assert take_share(ids[::-1], labels[::-1], 0.5, "s") == half
+
+
+@pytest.mark.parametrize(("share", "shots"), [(0.0, None), (1.1, None), (0.5, 5)])
+def test_what_is_no_share_or_one_too_many_is_refused(share, shots):
+    with pytest.raises(GraftError, match=f"Toys: share is {share}"):
+        check_share("Toys", share, shots)

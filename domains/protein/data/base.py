@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, bucketed_eval_loader, bucketed_loader
 from common.split_data import SplitData
-from common.splits import SPLITS, Split, stable_hash
+from common.splits import SPLITS, Split, check_share, stable_hash, take_share
 from domains.protein.data._dataset import Proteins, Target, collate, length_of, no_target, refuse_long
 from domains.protein.data._records import (
     IGNORE,
@@ -44,7 +44,8 @@ class ProteinData(SplitData[Record, ProteinFacts]):
             stretch in every epoch and the middle in evaluation (residue labels: all stretches); "refuse" stops.
         tokens_per_batch: Most residues in a batch, padding included; of pairs the longer partner counts.
         shots: Training records per class, chosen by a hash; without classes, training records in all. None takes all.
-        shots_draw: Which subset `shots` chooses: another number, other records.
+        shots_draw: Which subset `shots` or `share` chooses: another number, other records.
+        share: Share of the training records (of each class, where there are classes), in place of `shots`.
         seed: Order of the training records and their stretches. It never touches the splits.
         num_workers: Processes that make batches; 0 makes them in the main process.
 
@@ -59,6 +60,7 @@ class ProteinData(SplitData[Record, ProteinFacts]):
         tokens_per_batch: int = 2048,
         shots: int | None = None,
         shots_draw: int = 0,
+        share: float | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -71,6 +73,8 @@ class ProteinData(SplitData[Record, ProteinFacts]):
         if long not in LONG:
             raise unknown("rule for long proteins", long, LONG)
         self.max_length, self.long, self.tokens_per_batch = max_length, long, tokens_per_batch
+        check_share(type(self).__name__, share, shots)
+        self.share = share
         self.shots, self.shots_draw, self.seed, self.num_workers = shots, shots_draw, seed, num_workers
 
     # ---- what a subclass provides
@@ -101,6 +105,12 @@ class ProteinData(SplitData[Record, ProteinFacts]):
             refuse_long(everything, self.max_length)
         if self.shots is not None:
             splits["train"] = self._few(splits["train"], found.kind, self.shots)
+        if self.share is not None:
+            by_class = found.kind in ("classes", "pairs")
+            names = [record.id for record in splits["train"]]
+            labels = [record.label if by_class else "" for record in splits["train"]]
+            kept = take_share(names, labels, self.share, f"shots-{self.shots_draw}")
+            splits["train"] = tuple(record for record in splits["train"] if record.id in kept)
         values = np.array([float(r.label) for r in splits["train"]] if found.kind == "value" else [0.0])
         self._records = splits
         self._facts = ProteinFacts(

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.errors import GraftError, unknown
 from common.loading import BucketBatchSampler, EpochBatchSampler, StatefulLoader, bucketed_eval_loader
 from common.split_data import SplitData
-from common.splits import SPLITS, Split, stable_hash
+from common.splits import SPLITS, Split, check_share, stable_hash, take_share
 from domains.speech._audio import CHANNELS, RATE, Channel
 from domains.speech._text import NORMALIZERS, Normalizer, normalize
 from domains.speech.data._confound import data_card
@@ -58,7 +58,8 @@ class SpeechData(SplitData[Record, SpeechFacts]):
             al. 2015). Empty for none.
         max_bad: Share of the clips that may be unreadable.
         shots: Training clips per class, chosen by a hash; of transcripts, training clips in all. None takes all.
-        shots_draw: Which subset `shots` chooses: another number, other clips.
+        shots_draw: Which subset `shots` or `share` chooses: another number, other clips.
+        share: Share of the training clips (of each class, where there are classes), in place of `shots`.
         seed: Order of the training clips and their speeds. It never touches the splits.
         num_workers: Processes that make batches; 0 makes them in the main process.
 
@@ -80,6 +81,7 @@ class SpeechData(SplitData[Record, SpeechFacts]):
         max_bad: float = 0.01,
         shots: int | None = None,
         shots_draw: int = 0,
+        share: float | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -106,6 +108,8 @@ class SpeechData(SplitData[Record, SpeechFacts]):
                 raise unknown(what, given, allowed)
         self.max_seconds, self.long, self.channel, self.normalizer = max_seconds, long, channel, normalizer
         self.seconds_per_batch, self.batch_size, self.speed = seconds_per_batch, batch_size, tuple(speed)
+        check_share(type(self).__name__, share, shots)
+        self.share = share
         self.max_bad, self.shots, self.shots_draw = max_bad, shots, shots_draw
         self.seed, self.num_workers = seed, num_workers
         self._bad: dict[Split, Tensor] = {}
@@ -140,6 +144,10 @@ class SpeechData(SplitData[Record, SpeechFacts]):
             confound = data_card(splits, found.class_names, self.channel, digest_of(splits))
         if self.shots is not None and not self._test_only:
             splits["train"] = self._few(splits["train"], found.kind, self.shots)
+        if self.share is not None and not self._test_only:
+            names, labels = [record.id for record in splits["train"]], [record.label for record in splits["train"]]
+            kept = take_share(names, labels, self.share, f"shots-{self.shots_draw}")
+            splits["train"] = tuple(record for record in splits["train"] if record.id in kept)
         self._records = splits
         self._bad = {
             side: torch.zeros(len(records), dtype=torch.uint8).share_memory_() for side, records in splits.items()

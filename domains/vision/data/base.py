@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from common.errors import GraftError, unknown
 from common.loading import StatefulLoader, eval_loader, train_loader
 from common.split_data import SplitData
-from common.splits import SPLITS, Split
+from common.splits import SPLITS, Split, check_share, take_share
 from domains.vision.data._dataset import Images
 from domains.vision.data._images import Fit, ImageStore
 from domains.vision.data._records import Contents, ImageBatch, ImageFacts, Record, digest_of, first_per_class
@@ -37,7 +37,8 @@ class ImageData(SplitData[Record, ImageFacts]):
         image_size: Height and width of the images in a batch, in pixels.
         batch_size: Images in a batch.
         shots: Training images per class, chosen by a hash; None takes all.
-        shots_draw: Which subset `shots` chooses: another number, other images.
+        shots_draw: Which subset `shots` or `share` chooses: another number, other images.
+        share: Share of each class's training images, in place of `shots`.
         limit_per_class: At most this many images of each class in every split, chosen by a hash; None takes all.
         classes: Use only these classes; None takes all.
         seed: Order of the training images and their augmentation. It never touches the splits.
@@ -64,6 +65,7 @@ class ImageData(SplitData[Record, ImageFacts]):
         batch_size: int = 32,
         shots: int | None = None,
         shots_draw: int = 0,
+        share: float | None = None,
         limit_per_class: int | None = None,
         classes: Sequence[str] | None = None,
         seed: int = 0,
@@ -91,6 +93,8 @@ class ImageData(SplitData[Record, ImageFacts]):
         if wrong:
             raise GraftError(f"{type(self).__name__}: {'; '.join(wrong)}.")
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        check_share(type(self).__name__, share, shots)
+        self.share = share
         self.shots, self.shots_draw, self.limit_per_class = shots, shots_draw, limit_per_class
         self.classes = tuple(classes) if classes is not None else None
         self.seed, self.augment, self.flip = seed, augment, flip
@@ -132,6 +136,10 @@ class ImageData(SplitData[Record, ImageFacts]):
             splits = {split: first_per_class(records, self.limit_per_class) for split, records in splits.items()}
         if self.shots is not None:
             splits["train"] = self._few(splits["train"], self.shots)
+        if self.share is not None:
+            names, labels = [record.id for record in splits["train"]], [record.label for record in splits["train"]]
+            kept = take_share(names, labels, self.share, f"shots-{self.shots_draw}")
+            splits["train"] = tuple(record for record in splits["train"] if record.id in kept)
         self._records = splits
         self._facts = ImageFacts(
             image_size=self.image_size,

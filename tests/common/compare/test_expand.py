@@ -87,6 +87,12 @@ def test_shots_multiply_the_studies_through_the_datas_own_options(request_of):
     assert len(folders) == 6 * 2 * 2 * 2
 
 
+def test_a_share_takes_the_place_of_the_recipes_own_shots(request_of):
+    Path("one.yaml").write_text(RECIPE.replace("OpenClipart}", "OpenClipart, init_args: {shots: 200}}"))
+    study = expand(replace(request_of, recipes=["one.yaml"], shots=["10%"]), lambda _: BOTH)[0]
+    assert study.overrides == {"trainer.max_epochs": "2", "data.share": 0.1, "data.shots": None}
+
+
 @pytest.mark.parametrize(
     ("shots", "offered", "words"),
     [
