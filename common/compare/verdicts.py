@@ -133,6 +133,15 @@ def _row(block: Block, method: str) -> Row:
     return row
 
 
+def _trained_percent(row: Row) -> float | None:
+    """Which part of the backbone is trained, in percent; a new head is none of it. Of everything, where that is all."""
+    parts = [row.cost.get(f"params_{name}") for name in ("trainable_backbone", "total", "trainable_head")]
+    if None in parts:
+        return row.cost.get("trainable_percent")
+    trained, total, head = (float(part or 0.0) for part in parts)
+    return 100 * trained / (total - head) if total > head else None
+
+
 def _gain(block: Block, method: str, reference: str, metric: str | None = None) -> Difference:
     """How much better a method is than another, above 0 whether more or less of the metric is better."""
     compared = _compared(block, metric)
@@ -175,10 +184,10 @@ def _within_points(
     metric: str | None = None,
     max_percent: float | None = None,
 ) -> list[Outcome]:
-    """`method` is at most `points` hundredths worse than `reference`, at `max_percent` of the parameters or less."""
+    """`method` is at most `points` hundredths worse than `reference`, at `max_percent` of the backbone or less."""
     outcomes: list[Outcome] = []
     for block in blocks:
-        gain, trained = _gain(block, method, reference, metric), _row(block, method).cost.get("trainable_percent")
+        gain, trained = _gain(block, method, reference, metric), _trained_percent(_row(block, method))
         told, answer = _told(block, method, reference, gain, metric), _judge(gain.low, gain.high, -points / 100)
         if max_percent is not None and (trained is None or trained > max_percent):
             answer, told = OPEN, f"{told}; it trains {percent(trained)}, more than the claim speaks of"
@@ -249,7 +258,8 @@ def _saves(
         saved = 1 - own / other
         fits = (at_least is None or saved >= at_least) and (at_most is None or saved <= at_most)
         words = cost.replace("_", " ")
-        told = f"{block.label}: {method} saves {100 * saved:.0f} % of {reference}'s {words}"
+        part = f"saves {100 * saved:.0f} % of" if saved >= 0 else f"takes {-100 * saved:.0f} % more than"
+        told = f"{block.label}: {method} {part} {reference}'s {words}"
         outcomes.append(Outcome(answer=HOLDS if fits else FAILS, figures=told))
     return outcomes
 

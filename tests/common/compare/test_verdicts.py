@@ -73,6 +73,9 @@ def test_more_parameters_than_the_claim_speaks_of_prove_nothing(ask):
     test = {"within_points": {**LORA, "points": 1, "max_percent": 1}}
     for share, answer in ((0.5, "holds"), (6.7, "inconclusive")):
         assert ask(test, {"LoRA": LEVEL}, costs={"LoRA": {"trainable_percent": share}}).answer == answer
+    # A new head is no part of what the claim counts.
+    counts = {"params_trainable_backbone": 9.0, "params_trainable_head": 1000.0, "params_total": 2000.0}
+    assert ask(test, {"LoRA": LEVEL}, costs={"LoRA": {"trainable_percent": 50.0, **counts}}).answer == "holds"
 
 
 @pytest.mark.parametrize(
@@ -84,6 +87,10 @@ def test_savings_are_shares_of_the_references_cost(ask, limits, answer):
     outcome = ask({"saves": {**LORA, "cost": "fit_seconds", **limits}}, {"LoRA": LEVEL}, costs=costs)
     assert outcome.answer == answer
     assert "LoRA saves 30 % of FullFineTune's fit seconds" in outcome.figures
+    slower = {"LoRA": {"fit_seconds": 120.0}, "FullFineTune": {"fit_seconds": 100.0}}
+    outcome = ask({"saves": {**LORA, "cost": "fit_seconds", "at_most": 0.0}}, {"LoRA": LEVEL}, costs=slower)
+    assert outcome.answer == "holds"
+    assert "LoRA takes 20 % more than FullFineTune's fit seconds" in outcome.figures
     assert ask({"saves": {**LORA, "at_least": 0.1}}, {"LoRA": LEVEL}).answer == "inconclusive"
 
 
