@@ -1,0 +1,55 @@
+"""Voices: VITS networks that speak, with the roles of their modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.errors import GraftError, unknown
+from domains.speech.voices._huggingface import load_folder
+from domains.speech.voices._starters import STARTERS, build_starter
+from domains.speech.voices._symbols import Letters, Phonemes, Symbols, pieces
+from domains.speech.voices._vits import expand, log_durations
+from domains.speech.voices._voice import Prior, Voice, frames_of, read, synthesize
+
+__all__ = [
+    "Letters",
+    "Phonemes",
+    "Prior",
+    "Symbols",
+    "Voice",
+    "build_voice",
+    "expand",
+    "frames_of",
+    "log_durations",
+    "pieces",
+    "read",
+    "synthesize",
+]
+
+
+def build_voice(
+    name: str, *, pretrained: bool = True, weights: str | None = None, posterior: bool = False
+) -> Voice:
+    """Build a voice.
+
+    Args:
+        name: `piper-joe-medium`; or a local folder or hub name (`OWNER/NAME`) of a VITS of one speaker of transformers,
+            such as `facebook/mms-tts-eng`.
+        pretrained: Load weights; False gives random ones.
+        weights: A local file with the weights of the named starter.
+        posterior: Keep the posterior encoder, which training may need and no synthesis runs.
+
+    Raises:
+        GraftError: An unknown name, or weights that cannot be had or do not fit.
+    """
+    if weights is not None and not pretrained:
+        raise GraftError(f"'weights' is {weights} and pretrained is false. Leave one of them out.")
+    if name in STARTERS:
+        return build_starter(name, pretrained=pretrained, weights=weights, posterior=posterior)
+    if weights is not None:
+        raise GraftError(
+            f"'{name}' brings its own weights. Leave out 'weights', or name one of: {', '.join(STARTERS)}."
+        )
+    if Path(name).is_dir() or name.count("/") == 1:
+        return load_folder(name, pretrained=pretrained, posterior=posterior)
+    raise unknown("voice", name, (*STARTERS, "FOLDER", "OWNER/NAME"))

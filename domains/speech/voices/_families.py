@@ -1,0 +1,42 @@
+"""Which modules of a VITS carry which role."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from common.roles import NORMS, Family, Pattern
+
+_LINEAR, _CONV, _ANY_CONV = (nn.Linear,), (nn.Conv1d,), (nn.Conv1d, nn.ConvTranspose1d)
+_LAYER = r"text_encoder\.encoder\.layers\.\d+"
+_WAVENET = r"wavenet\.(in_layers|res_skip_layers)\.\d+"
+
+VITS = Family(
+    name="vits",
+    block=rf"{_LAYER}|flow\.flows\.\d+|decoder\.resblocks\.\d+",
+    parts={
+        "text": "text_encoder",
+        "flow": "flow",
+        "decoder": "decoder",
+        "durations": "duration_predictor",
+        "posterior": "posterior_encoder",
+    },
+    roles={
+        "attention_qkv": (Pattern(rf"{_LAYER}\.attention\.(q_proj|k_proj|v_proj)", _LINEAR),),
+        "attention_out": (Pattern(rf"{_LAYER}\.attention\.out_proj", _LINEAR),),
+        "ffn_in": (Pattern(rf"{_LAYER}\.feed_forward\.conv_1", _CONV),),
+        "ffn_out": (Pattern(rf"{_LAYER}\.feed_forward\.conv_2", _CONV),),
+        # The stems read what another part writes: symbols' states, latents, a spectrogram.
+        "stem": (Pattern(r"(decoder|posterior_encoder)\.conv_pre", _CONV),),
+        "conv": (
+            Pattern(r"text_encoder\.project", _CONV),
+            Pattern(rf"flow\.flows\.\d+\.(conv_pre|conv_post|{_WAVENET})", _CONV),
+            Pattern(r"decoder\.(conv_post|upsampler\.\d+|resblocks\.\d+\.(convs|convs1|convs2)\.\d+)", _ANY_CONV),
+            Pattern(r"duration_predictor\.(flows\.\d+\.)?(conv_pre|conv_proj|conv_1|conv_2|proj)", _CONV),
+            Pattern(r"duration_predictor\.(flows\.\d+\.)?conv_dds\.(convs_dilated|convs_pointwise)\.\d+", _CONV),
+            Pattern(rf"posterior_encoder\.(conv_proj|{_WAVENET})", _CONV),
+        ),
+        "norm": (Pattern(r".*", NORMS),),
+        "embed": (Pattern(r"text_encoder\.embed_tokens", (nn.Embedding,)),),
+    },
+)
+"""Parts: `text`, `flow`, `decoder`, `durations`, and `posterior`, which no synthesis runs."""
