@@ -27,9 +27,7 @@ __all__ = [
 ]
 
 
-def build_voice(
-    name: str, *, pretrained: bool = True, weights: str | None = None, posterior: bool = False
-) -> Voice:
+def build_voice(name: str, *, pretrained: bool = True, weights: str | None = None, posterior: bool = False) -> Voice:
     """Build a voice.
 
     Args:

@@ -11,9 +11,10 @@ from common.errors import GraftError
 
 _SYNCHRONOUS, _KEEP_RUNNING, _UTF8, _IPA = 2, 0x8000, 1, 0x02
 _LONGEST_PATH = 160  # of the buffer in which espeak-ng keeps its data's path
-_END = re.compile(r"([.,:;!?…—–])[^\w.,:;!?…—–]*\w?$")
-_WRITTEN = {"…": ".", "—": ",", "–": ","}
-_SHORT = re.compile(r"\b(mr|mrs|ms|dr|st|prof|rev|gen|sgt|capt|lt|jr|sr|vs|etc|no|vol|fig)\.$", re.IGNORECASE)
+_MARKS = ".,:;!?\u2026\u2014\u2013"
+_END = re.compile(rf"([{_MARKS}])[^\w{_MARKS}]*\w?$")
+_WRITTEN = {"\u2026": ".", "\u2014": ",", "\u2013": ","}  # the ellipsis and the dashes
+_SHORT = re.compile(r"\b(mr|mrs|ms|dr|st|prof|rev|gen|sgt|capt|lt|jr|sr|vs|etc)\.$", re.IGNORECASE)
 
 
 def phonemes(text: str, language: str) -> str:
@@ -64,7 +65,9 @@ def _library() -> Any:  # noqa: ANN401
 
     path = espeakng_loader.get_data_path()
     if len(path) >= _LONGEST_PATH:
-        raise GraftError(f"espeak-ng takes paths below {_LONGEST_PATH} letters, and its data lie in {path}. Move the venv.")
+        raise GraftError(
+            f"espeak-ng takes paths below {_LONGEST_PATH} letters, and its data lie in {path}. Move the venv."
+        )
     try:
         library = ctypes.CDLL(espeakng_loader.get_library_path())
     except OSError as error:

@@ -75,7 +75,7 @@ def trainable(model: Any, *, posterior: bool) -> nn.Module:  # noqa: ANN401
     """
     if model.config.num_speakers > 1:
         raise GraftError(
-            f"This VITS has {model.config.num_speakers} speakers; a voice to adapt has one. Take a voice of one speaker."
+            f"This VITS has {model.config.num_speakers} speakers; only voices of one can be adapted. Take such a voice."
         )
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
