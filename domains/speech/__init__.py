@@ -14,6 +14,7 @@ DOMAIN = Domain(
         "Seq2SeqRecognition": _TASKS,
         "CTCRecognition": _TASKS,
         "UtteranceClassification": "domains.speech.utterance",
+        "VoiceAdaptation": "domains.speech.synthesis",
     },
     data=dict.fromkeys(
         (
@@ -34,6 +35,8 @@ DOMAIN = Domain(
         "ZeroShot": "domains.speech.baselines:zero_shot",
         "MajorityClass": "domains.speech.baselines:majority_class",
         "MelStatistics": "domains.speech.baselines:mel_statistics_probe",
+        "BaseVoice": "domains.speech.synthesis:base_voice",
+        "Recordings": "domains.speech.synthesis:recordings",
     },
     specimens={
         "HF Whisper": "domains.speech.specimens:whisper",

@@ -20,10 +20,12 @@ def frame_likelihoods(latents: Tensor, mean: Tensor, log_scale: Tensor) -> Tenso
     Returns:
         (B, L, F), summed over the channels.
     """
-    weight = (-2 * log_scale).exp()
-    constant = (-0.5 * math.log(2 * math.pi) - log_scale - 0.5 * mean.square() * weight).sum(1)  # (B, L)
-    squares = weight.transpose(1, 2) @ latents.square()
-    return constant[:, :, None] - 0.5 * squares + (mean * weight).transpose(1, 2) @ latents
+    with torch.autocast(latents.device.type, enabled=False):  # sums of large terms that nearly cancel
+        latents, mean, log_scale = latents.float(), mean.float(), log_scale.float()
+        weight = (-2 * log_scale).exp()
+        constant = (-0.5 * math.log(2 * math.pi) - log_scale - 0.5 * mean.square() * weight).sum(1)  # (B, L)
+        squares = weight.transpose(1, 2) @ latents.square()
+        return constant[:, :, None] - 0.5 * squares + (mean * weight).transpose(1, 2) @ latents
 
 
 def align(likelihoods: Tensor, symbols: Tensor, frames: Tensor) -> Tensor:

@@ -28,16 +28,15 @@ def magnitudes(audio: Tensor, width: int, hop: int) -> Tensor:
     # A clip shorter than the edge has nothing to reflect.
     mode = "reflect" if audio.shape[1] > edge else "constant"
     padded = functional.pad(audio[:, None], (edge, edge), mode=mode)[:, 0]
-    found = torch.stft(
-        padded, width, hop, window=_window(width, audio.device), center=False, return_complex=True
-    )
+    found = torch.stft(padded, width, hop, window=_window(width, audio.device), center=False, return_complex=True)
     return (found.real.square() + found.imag.square() + 1e-6).sqrt()
 
 
 def log_mel(spectrum: Tensor, rate: int, bands: int = 80) -> Tensor:
     """Return natural logarithms of mel bands (B, bands, F) of a magnitude spectrogram (B, bins, F)."""
     filters = _mel_filters(spectrum.shape[1], bands, rate, spectrum.device)
-    return (filters @ spectrum).clamp(min=_LOWEST).log()
+    with torch.autocast(spectrum.device.type, enabled=False):  # half precision would round soft bands away
+        return (filters @ spectrum.float()).clamp(min=_LOWEST).log()
 
 
 def mel_distance(one: Tensor, two: Tensor, rate: int, hop: int) -> Tensor:

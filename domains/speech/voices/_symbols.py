@@ -19,6 +19,11 @@ _SHOWN = 60  # characters of a text that an error cites
 class Symbols(Protocol):
     """How a voice reads."""
 
+    @property
+    def example(self) -> tuple[str, str]:
+        """Two short texts that the voice can say."""
+        ...
+
     def spell(self, text: str) -> str:
         """Return the symbols of a text, one code point each.
 
@@ -46,6 +51,11 @@ class Phonemes:
     ids: Mapping[str, int]
     language: str
 
+    @property
+    def example(self) -> tuple[str, str]:
+        """Two short texts: espeak-ng reads Latin letters in any language."""
+        return "a", "to be"
+
     def spell(self, text: str) -> str:
         """Return the IPA of a text, decomposed (NFD); see `Symbols`."""
         spelled = unicodedata.normalize("NFD", phonemes(text, self.language))
@@ -70,6 +80,12 @@ class Letters:
     """The letters of a tokenizer of transformers (`VitsTokenizer`), as the voices of MMS read."""
 
     tokenizer: Any
+
+    @property
+    def example(self) -> tuple[str, str]:
+        """Two short texts of the first letters of the alphabet."""
+        known = sorted(letter for letter in self.tokenizer.get_vocab() if len(letter) == 1 and _is_sound(letter))
+        return known[0], "".join(known[:5])
 
     def spell(self, text: str) -> str:
         """Return the text as the tokenizer normalises it; see `Symbols`."""

@@ -74,7 +74,7 @@ def read(model: nn.Module, ids: Tensor, lengths: Tensor) -> Prior:
     found = net.text_encoder(input_ids=ids, padding_mask=mask[:, :, None], attention_mask=inside.long())
     hidden, mean, scale = found.last_hidden_state, found.prior_means, found.prior_log_variances
     # The last is the logarithm of a deviation, whatever transformers calls it.
-    return Prior(hidden.transpose(1, 2), mean.transpose(1, 2), scale.transpose(1, 2), mask[:, None])
+    return Prior(*(part.float().transpose(1, 2) for part in (hidden, mean, scale)), mask[:, None])
 
 
 def frames_of(logs: Tensor, mask: Tensor, pace: float | Tensor = 1.0) -> Tensor:

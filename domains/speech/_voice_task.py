@@ -1,0 +1,233 @@
+"""What a task that speaks shares: facts, texts as ids, speaking, evaluation by ear, results."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import soundfile
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from common.checkpoint import write_atomically
+from common.loading import mix_seed
+from common.splits import stable_hash
+from common.task import AdaptedTask
+from domains.speech._voice_figures import Collected, packed, unpacked, voice_figures
+from domains.speech.data.voices import VoiceBatch, VoiceFacts
+from domains.speech.voice_metrics import score_rows
+from domains.speech.voices import Voice, pieces, synthesize
+from domains.speech.voices._objective import Lines, everything
+
+_MOST_SYMBOLS = 400  # of a piece that is said at once; longer lines are cut
+_PAUSE = 0.2  # seconds of silence between pieces
+_SAVED = 12  # test utterances whose sound is kept
+_PROBED = ("rate", "language", "speaker", "pseudo_labelled", "max_seconds")
+
+
+class Pace(nn.Module):
+    """How fast the adapted voice speaks: one number, the logarithm of a factor of all durations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_pace = nn.Parameter(torch.zeros(()))
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Return what the voice makes as it is; the pace acts on durations before it."""
+        return outputs
+
+
+class VoiceTask(AdaptedTask):
+    """What a task that speaks shares; its settings have `measures`, the parts that a test measures."""
+
+    domain: ClassVar[str] = "speech"
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**options)
+        self._voice: Voice
+        self._spelled: dict[str, list[int]] = {}
+
+    @property
+    def primary(self) -> tuple[str, str]:  # type: ignore[override]
+        """Who seems to speak, or where that is not measured the mel-cepstral distortion."""
+        return ("speaker_similarity", "max") if "speaker" in self.settings["measures"] else ("mcd", "min")
+
+    def build_head(self) -> nn.Module:
+        """Build the pace."""
+        return Pace()
+
+    def build_loss(self) -> nn.Module:
+        """Build nothing: the objective is no function of outputs and targets alone."""
+        return nn.Identity()
+
+    def build_metrics(self) -> MetricCollection:
+        """Build the figures of spoken texts."""
+        return voice_figures(self.facts.rate, self.settings["measures"], self.facts.language)
+
+    # ---- texts
+
+    def _ids(self, text: str) -> list[int]:
+        if text not in self._spelled:
+            symbols = self._voice.symbols
+            self._spelled[text] = symbols.encode(symbols.spell(text))
+        return self._spelled[text]
+
+    def _lines(self, texts: Sequence[str]) -> Lines:
+        rows = [torch.tensor(self._ids(text)) for text in texts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return Lines(ids.to(self.device), torch.tensor([len(row) for row in rows], device=self.device))
+
+    def features(self, batch: VoiceBatch) -> Tensor:
+        """Run all parts of the voice on the texts of a batch, (B, N); see `everything`."""
+        return everything(self._voice, self.backbone, self._lines(batch.text))
+
+    # ---- evaluation
+
+    def _evaluate(self, batch: VoiceBatch, stage: str, metrics: MetricCollection) -> Tensor:
+        output = self.infer(batch)
+        metrics.update(output, self.targets(batch))
+        named = {f"{stage}/{name}": metric for name, metric in metrics.items()}
+        self.log_dict(named, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(batch.audio))
+        return output
+
+    def infer(self, batch: VoiceBatch) -> Tensor:
+        """Speak the texts of a batch; see `packed`. Each text has draws of its own, the same in every evaluation."""
+        waves = [self.speak(t, seed=i) for t, i in zip(batch.text, batch.index.tolist(), strict=True)]
+        return packed(waves, batch.text).to(self.device)
+
+    def targets(self, batch: VoiceBatch) -> Tensor:
+        """Return the recordings of a batch; see `packed`."""
+        clips = [audio[:length] for audio, length in zip(batch.audio, batch.lengths.tolist(), strict=True)]
+        return packed(clips, batch.text).to(self.device)
+
+    # ---- speaking
+
+    def say(self, text: str, *, seed: int = 0) -> tuple[Tensor, int]:
+        """Speak a text of any length.
+
+        Returns:
+            Waveform (T,), float32 in [-1, 1], and its sampling rate in Hz.
+
+        Raises:
+            GraftError: The voice cannot say it.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return self.speak(text, seed=seed).cpu(), self._voice.rate
+        finally:
+            self.train(was_training)
+
+    def speak(self, text: str, *, seed: int = 0) -> Tensor:
+        """Speak a text with the parameters as they are; see `say`."""
+        symbols, waves = self._voice.symbols, []
+        pace = float(self.head.log_pace.detach().exp())
+        for place, piece in enumerate(pieces(symbols.spell(text), _MOST_SYMBOLS)):
+            ids = torch.tensor(symbols.encode(piece), device=self.device)
+            waves.append(synthesize(self._voice, self.backbone, ids, pace=pace, seed=mix_seed(seed, place)))
+            waves.append(waves[-1].new_zeros(round(_PAUSE * self._voice.rate)))
+        return torch.cat(waves[:-1])
+
+    # ---- facts and results
+
+    def example_batch(self) -> VoiceBatch:
+        """Make two texts with a second and less of noise."""
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.tensor([self.facts.rate, round(0.7 * self.facts.rate)])
+        audio = 0.1 * torch.randn(2, self.facts.rate, generator=generator)
+        audio *= torch.arange(audio.shape[1]) < lengths[:, None]
+        device = next(self.backbone.parameters()).device
+        texts = self._voice.symbols.example
+        return VoiceBatch(audio.to(device), lengths.to(device), texts, torch.arange(2, device=device))
+
+    def describe_facts(self) -> dict[str, Any]:
+        """Return what is needed to speak, and whose voice it is."""
+        return json.loads(json.dumps({key: getattr(self.facts, key) for key in _PROBED}))
+
+    def load_facts(self, facts: Mapping[str, Any]) -> None:
+        """Set the facts from an adapter's record."""
+        self.facts = VoiceFacts(**{key: facts[key] for key in _PROBED}, name="", digest="", counts={})
+
+    def describe_data(self, data: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Return name, digest, sizes, where the texts come from, and the recordings' quality."""
+        facts, described = self.facts, {}
+        for key in ("minutes", "pseudo", "left_out"):
+            described[key] = dict(getattr(facts, key))
+        for key in ("language", "speaker", "pseudo_labelled", "faults"):
+            described[key] = getattr(facts, key)
+        pitch = facts.f0_median
+        described["f0_median"] = pitch if math.isfinite(pitch) else None
+        if self.posterior is not None and self.settings["posterior"] == "train":
+            described["posterior_parameters"] = sum(p.numel() for p in self.posterior.parameters())
+        return {"name": facts.name, "digest": facts.digest, **facts.counts, **json.loads(json.dumps(described))}
+
+    def predictions(self, outputs: Sequence[Tensor], data: Any, folder: Path) -> list[dict[str, Any]]:  # noqa: ANN401
+        """Return for each test recording its text and figures; for some the sound, made and recorded, as WAV files."""
+        records = data.records("test")
+        order = sorted(range(len(records)), key=lambda place: stable_hash(records[place].id, "sounds"))
+        saved, found = set(order[:_SAVED]), []
+        places = [place for batch in data.test_dataloader() for place in batch.index.tolist()]
+        waves = [wave for output in outputs for wave in unpacked(output)[0]]
+        clips = [data.load(records[place]) for place in places]
+        rows = self._measured(waves, clips, [records[place].text for place in places])
+        for place, wave, clip, figures in zip(places, waves, clips, rows, strict=True):
+            record = records[place]
+            row = {"id": record.id, "text": record.text, "pseudo": record.pseudo, **_plain(figures)}
+            if place in saved:
+                for key, sound in (("sound", wave), ("recording", clip)):
+                    row[key] = f"predictions/{stable_hash(record.id):016x}-{key}.wav"
+                    write_wav(folder / row[key], sound, self.facts.rate)
+            found.append((place, row))
+        return [row for _, row in sorted(found, key=lambda one: one[0])]
+
+    def _measured(self, waves: list[Tensor], clips: list[Tensor], texts: list[str]) -> list[dict[str, Any]]:
+        """Return the rows that the test's figures were made of; what a baseline spoke is measured here, words apart."""
+        metrics = getattr(self, "test_metrics", None)
+        collected: Collected | None = next(iter(metrics.values())).collected if metrics else None
+        if collected is not None and len(collected.rows) == len(texts):
+            return collected.rows
+        return score_rows(waves, clips, texts, self.facts.rate, parts=("acoustics",))
+
+    # ---- model card
+
+    def usage(self) -> str:
+        """Return lines that load the export with peft and safetensors onto the voice that Graft builds."""
+        from common.tuners import is_own
+
+        settings = self.settings
+        options = {key: settings[key] for key in ("pretrained", "weights")}
+        given = "".join(f", {key}={value!r}" for key, value in options.items() if value not in (None, True))
+        tuned = "model = PeftModel.from_pretrained(voice.model, FOLDER).eval()"
+        if self.attached.plan.mode == "full":
+            tuned = 'voice.model.load_state_dict(load_file(f"{FOLDER}/model.safetensors"))\nmodel = voice.model.eval()'
+        own = is_own(getattr(self.attached.plan.peft_config, "peft_type", None))
+        registered = "import common.tuners  # registers Graft's own tuners with peft\n" if own else ""
+        return (
+            "import soundfile\nimport torch\nfrom peft import PeftModel\nfrom safetensors.torch import load_file\n\n"
+            f"{registered}from domains.speech.voices import build_voice, synthesize\n\n"
+            f"voice = build_voice({settings['backbone']!r}{given})\n{tuned}\n"
+            'pace = load_file(f"{FOLDER}/head.safetensors")["log_pace"].exp()\n'
+            'ids = torch.tensor(voice.symbols.encode(voice.symbols.spell("Hello, it is me.")))\n'
+            "wave = synthesize(voice, model, ids, pace=pace)\n"
+            'soundfile.write("hello.wav", wave.numpy(), voice.rate)\n'
+        )
+
+
+def write_wav(path: Path, wave: Tensor, rate: int) -> None:
+    """Write a waveform (T,) as mono WAV of 16 bits, whole or not at all."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave.detach().cpu().clamp(-1, 1).numpy(), rate, format="WAV", subtype="PCM_16")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of figures as JSON takes them: rounded, None for nan."""
+    return {
+        key: (round(value, 6) if math.isfinite(value) else None) if isinstance(value, float) else value
+        for key, value in row.items()
+    }
