@@ -20,6 +20,7 @@ _PIXELS = 144  # shown at 96 to 144: enough to see, small enough to mail
 _PICTURES = 4  # in each group
 _EXAMPLES = 3  # that are shown as each method's own picture
 _WIDTH, _BYTES = 900, 200_000  # of a method's own picture: legible, and light enough for a dozen of them
+_SOUNDS = {".mp3": "audio/mpeg", ".wav": "audio/wav", ".ogg": "audio/ogg"}
 _ATTEMPTS = 40  # examples of speech or proteins are no pictures: do not try them all
 
 
@@ -54,11 +55,19 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One method's own picture of a test example, as a data URI, and its primary metric in words ("" if unknown)."""
+    """What one method made of a test example.
+
+    Attributes:
+        method: The method, or "recording" for what it was to be.
+        picture: Its own picture, as a data URI.
+        score: Its primary metric in words; "" if unknown.
+        sound: Its own sound, as a data URI; "" if it made none.
+    """
 
     method: str
     picture: str
     score: str
+    sound: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +106,9 @@ def sample_groups(runs: Sequence[Run]) -> list[Group]:
 def pictured_examples(runs: Sequence[Run]) -> list[Example]:
     """Pick examples that the methods pictured themselves (`picture` in predictions.jsonl), by a hash of their ids.
 
+    Beside its picture stands a method's `sound`, and behind all of them what it was to be: `reference_picture` and
+    `reference_sound`, of the first method that has them.
+
     Args:
         runs: One tested run for each method.
 
@@ -108,18 +120,39 @@ def pictured_examples(runs: Sequence[Run]) -> list[Example]:
     examples: list[Example] = []
     for key in _shared(answers)[:_ATTEMPTS]:
         views: list[View] = []
+        wanted: View | None = None
         for method, lines in answers.items():
             folder, metric = primary[method]
-            picture, value = _legible(folder / str(lines[key]["picture"])), lines[key].get(metric)
+            value = lines[key].get(metric)
             known = isinstance(value, int | float) and not isinstance(value, bool)
-            if picture is not None:
-                score = f"{metric.replace('_', ' ')} {value:.3f}" if known else ""
-                views.append(View(method=method, picture=picture, score=score))
+            score = f"{metric.replace('_', ' ')} {value:.3f}" if known else ""
+            view = _view(method, folder, lines[key], score)
+            views += [view] if view else []
+            wanted = wanted or _view("recording", folder, lines[key], "", "reference_")
+        views += [wanted] if views and wanted else []
         if views:
             examples.append(Example(name=key, views=tuple(views)))
         if len(examples) == _EXAMPLES:
             break
     return examples
+
+
+def _view(method: str, folder: Path, line: Mapping[str, Any], score: str, prefix: str = "") -> View | None:
+    """Read the picture and the sound that a line names; None where there is no picture."""
+    named = line.get(f"{prefix}picture")
+    picture = _legible(folder / str(named)) if named else None
+    if picture is None:
+        return None
+    sound = line.get(f"{prefix}sound")
+    return View(method=method, picture=picture, score=score, sound=_playable(folder / str(sound)) if sound else "")
+
+
+def _playable(path: Path) -> str:
+    """Turn a sound into a data URI; "" where the file is missing, too heavy, or of a kind that browsers do not play."""
+    kind = _SOUNDS.get(path.suffix)
+    if kind is None or not path.is_file() or path.stat().st_size > _BYTES:
+        return ""
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _answers(runs: Sequence[Run], *needed: str) -> dict[str, dict[str, dict[str, Any]]]:

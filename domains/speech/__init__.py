@@ -5,6 +5,7 @@ from __future__ import annotations
 from common.domain import Domain
 
 _DATA = "domains.speech.data"
+_VOICES = "domains.speech.data.voices"
 _TASKS = "domains.speech.tasks"
 
 DOMAIN = Domain(
@@ -29,7 +30,8 @@ DOMAIN = Domain(
             "FLEURS",
         ),
         _DATA,
-    ),
+    )
+    | dict.fromkeys(("AsteriskVoice", "StampVoice", "VoiceManifest"), _VOICES),
     predict="domains.speech.predict:predict",
     baselines={
         "ZeroShot": "domains.speech.baselines:zero_shot",

@@ -14,7 +14,7 @@ QUIETEST = -100.0
 """Level of digital silence, dBFS."""
 
 _PEAK = 0.95  # that no gain goes beyond
-_NEAR, _FAR, _ABOVE = 25.0, 40.0, 10.0  # dB: see `speech_threshold`
+_NEAR, _FAR, _ABOVE = 15.0, 40.0, 6.0  # dB: see `speech_threshold`
 _NOISE = 5  # percent of the frames that are taken to be pauses
 
 
@@ -39,7 +39,7 @@ def noise_level(levels: NDArray[np.float64]) -> float:
 def speech_threshold(levels: NDArray[np.float64]) -> float:
     """Return the level above which a frame is speech, dBFS.
 
-    10 dB above the pauses, and no nearer than 25 and no farther than 40 dB to the loudest frame.
+    6 dB above the pauses, and no nearer than 15 and no farther than 40 dB to the loudest frame.
     """
     loudest = float(levels.max())
     return min(max(noise_level(levels) + _ABOVE, loudest - _FAR), loudest - _NEAR)

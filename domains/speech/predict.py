@@ -25,6 +25,7 @@ from domains.speech._task import SpeechTask
 from domains.speech._windows import is_silent, padded, pieces_of
 from domains.speech.backbones import WhisperTokens
 from domains.speech.data._records import SpeechBatch
+from domains.speech.speak import FOLDER, Speaks, speak
 from domains.speech.tasks import Seq2SeqRecognition
 from domains.speech.utterance import UtteranceClassification
 
@@ -55,9 +56,9 @@ class Heard:
 
 
 def predict(
-    task: SpeechTask, files: Sequence[Path], out: Path = Path("predictions.csv"), *, skip_bad: bool = False
+    task: SpeechTask | Speaks, files: Sequence[Path], out: Path | None = None, *, skip_bad: bool = False
 ) -> str:
-    """Recognise or classify audio.
+    """Recognise or classify audio, or read texts aloud with a voice; for these see `speak`.
 
     Audio longer than the task reads at a time is cut where it is quietest; see `pieces_of`.
 
@@ -67,7 +68,7 @@ def predict(
         out: What to write, by its ending. Recognition: `.csv` (path, seconds, text), `.jsonl` (the same with segments
             and their times), `.srt` or `.vtt` (subtitles of a single file), or a folder, which gets
             `predictions.jsonl` and for each file subtitles of both kinds. Classification: `.csv` or `.jsonl` (path,
-            prediction, probability, and one probability a class).
+            prediction, probability, and one probability a class). None is `predictions.csv`.
         skip_bad: Count and leave out audio that cannot be used, instead of stopping at the first.
 
     Returns:
@@ -76,6 +77,9 @@ def predict(
     Raises:
         GraftError: No audio, some that cannot be used, or an output that cannot be written.
     """
+    if isinstance(task, Speaks):
+        return speak(task, files, out or FOLDER, skip_bad=skip_bad)
+    out = Path("predictions.csv") if out is None else out
     found = list(_audio_files(files))
     if not found:
         kinds = ", ".join(sorted(SUFFIXES | AV_SUFFIXES))

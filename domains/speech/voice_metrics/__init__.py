@@ -13,10 +13,11 @@ from domains.speech.voice_metrics._speaker import (
     speaker_levels,
     spectrum_distance,
 )
-from domains.speech.voice_metrics._words import heard, word_errors
+from domains.speech.voice_metrics._words import NORMALIZER, heard, word_errors
 
 __all__ = [
     "CHEAP",
+    "NORMALIZER",
     "PARTS",
     "Acoustics",
     "Part",

@@ -113,3 +113,26 @@ def test_a_run_without_predictions_is_left_out(run_of):
     run = run_of("A", [])
     Path(run.trial.folder / "predictions.jsonl").unlink()
     assert pictured_examples([run]) == sample_groups([run]) == []
+
+
+def test_sounds_stand_beside_the_pictures_and_what_they_were_to_be_behind_them(run_of):
+    rows = [
+        {
+            **row,
+            "sound": "predictions/a.mp3",
+            "reference_picture": "predictions/real.png",
+            "reference_sound": "predictions/real.wav",
+        }
+        for row in rows_of(["a"])
+    ]
+    first, second = run_of("A", rows), run_of("B", rows_of(["a"]))
+    for run in (first, second):
+        draw(run, "a")
+    draw(first, "real")
+    (first.trial.folder / "predictions" / "a.mp3").write_bytes(b"tune")
+    (first.trial.folder / "predictions" / "real.wav").write_bytes(bytes(300_000))
+    (example,) = pictured_examples([first, second])
+    assert [view.method for view in example.views] == ["A", "B", "recording"]
+    assert example.views[0].sound == f"data:audio/mpeg;base64,{base64.b64encode(b'tune').decode()}"
+    assert [view.sound for view in example.views[1:]] == ["", ""]  # none was made; this one is too heavy for a page
+    assert all(view.picture for view in example.views)

@@ -17,6 +17,7 @@ from domains.speech.data.voices._labels import RECOGNISER, SECONDS, Labeller, la
 
 ROOT = "usr/share/asterisk/sounds/en_US_f_Allison/"
 _INDEX = "prompts.json"
+_SILENCE = "silence/"  # the package's pauses; the codec leaves some noise in them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,9 @@ def prompts(make: Callable[[], Labeller] = labeller) -> tuple[Sequence[Prompt], 
     folder = artifacts.prepared(key, lambda scratch: _build(scratch, make()))
     try:
         whole = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [Prompt(**{**row, "path": str(folder / row["path"])}) for row in whole["prompts"]], whole["silent"]
+        found = [Prompt(**{**row, "path": str(folder / row["path"])}) for row in whole["prompts"]]
+        spoken = [prompt for prompt in found if not prompt.id.startswith(_SILENCE)]
+        return spoken, whole["silent"] + len(found) - len(spoken)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise GraftError(f"The prepared folder {folder} is damaged ({error}): delete it and run again.") from error
 

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from domains.speech._levels import frame_levels, noise_level, speech_threshold
+from domains.speech._levels import frame_levels, noise_level
 
 _FULL = 0.999  # of full scale
 _FLAT = 1e-4  # of the peak: samples this near to it are one level
 _RUN = 3  # samples in a row at the peak that no speech has
-_BELOW, _BIN = 60.0, 50.0  # dB below the strongest band that still count as sound; Hz of a band
+_BELOW, _BIN = 60.0, 50.0  # dB below the strongest band that still count as sound; most Hz of a band
 _MOST_SNR = 80.0
+_SPEECH = 20.0  # dB below the loudest frame that speech reaches down to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +106,15 @@ def _clipped(audio: Tensor) -> float:
 
 def _snr(audio: Tensor, rate: int) -> float:
     levels = frame_levels(audio, rate)
-    noise = 10 ** (noise_level(levels) / 10)
-    loud = levels[levels > speech_threshold(levels)]
-    speech = float((10 ** (loud / 10)).mean()) if len(loud) else noise
+    quiet, loudest = noise_level(levels), float(levels.max())
+    # Not the threshold that trims: in much noise that one lies below it, so that nothing is cut.
+    loud = levels[levels >= max(loudest - _SPEECH, 0.5 * (loudest + quiet))]
+    speech, noise = float((10 ** (loud / 10)).mean()), 10 ** (quiet / 10)
     return float(np.clip(10 * np.log10(max(speech - noise, 1e-12) / noise), 0.0, _MOST_SNR))
 
 
 def _bandwidth(audio: Tensor, rate: int) -> float:
-    size = 1 << round(rate / _BIN).bit_length() - 1
+    size = 1 << round(rate / _BIN).bit_length()
     samples = audio.detach().cpu().float()
     samples = torch.nn.functional.pad(samples, (0, max(0, size - len(samples))))
     spectrum = torch.stft(samples, size, size // 2, window=torch.hann_window(size), center=False, return_complex=True)

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from common import artifacts
 from common.errors import GraftError
 from domains.speech._audio import Channel, fingerprint, read_audio, read_header, resample
-from domains.speech._levels import cleaned
+from domains.speech._levels import cleaned, speech_level
 from domains.speech.data._prepared import progress_bar
 from domains.speech.data._records import Record
 from domains.speech.data.voices._quality import Quality, quality_of
 
 _INDEX = "clips.json"
+_QUIETEST = -50.0  # dBFS of speech; raised from below, it is mostly noise
 _VERSION = "1"  # of the rules by which recordings are cleaned and measured
 
 
@@ -94,10 +97,7 @@ def _build(folder: Path, records: Sequence[Record], cleaning: Cleaning) -> None:
     with progress_bar() as bar:
         for number, record in enumerate(bar.track(records, description="Cleaning the recordings")):
             try:
-                rate = read_header(Path(record.path)).rate
-                audio = read_audio(
-                    Path(record.path), rate, channel=cleaning.channel, start=record.start, end=record.end
-                )
+                audio, rate = _audible(record, cleaning)
             except GraftError as error:
                 unusable[record.id] = str(error)
                 continue
@@ -113,3 +113,20 @@ def _build(folder: Path, records: Sequence[Record], cleaning: Cleaning) -> None:
             )
     whole = {"ready": {name: dataclasses.asdict(one) for name, one in found.items()}, "unusable": unusable}
     (folder / _INDEX).write_text(json.dumps(whole, ensure_ascii=False, indent=0), encoding="utf-8")
+
+
+def _audible(record: Record, cleaning: Cleaning) -> tuple[Tensor, int]:
+    """Read a recording at its own rate, which is returned with it.
+
+    Raises:
+        GraftError: It cannot be read, or is nearly silent.
+    """
+    path = Path(record.path)
+    rate = read_header(path).rate
+    audio = read_audio(path, rate, channel=cleaning.channel, start=record.start, end=record.end)
+    level = speech_level(audio, rate)
+    if level < _QUIETEST:
+        raise GraftError(
+            f"{path} is nearly silent (speech at {level:.0f} dBFS, at least {_QUIETEST:g}): record it louder."
+        )
+    return audio, rate

@@ -36,8 +36,8 @@ class VoiceData(SplitData[VoiceRecord, VoiceFacts]):
     """Recordings of one speaker with what is said, in three splits. Subclasses say where they come from (`_read`).
 
     At the first use every recording is resampled, its silence at both ends is cut, its loudness evened, and the result
-    kept in the cache. What cannot be used is left out and counted: recordings that cannot be read, that are too short
-    or too long, or whose text does not fit their length (2 to 30 characters a second).
+    kept in the cache. What cannot be used is left out and counted: recordings that cannot be read, that are silent, too
+    short or too long, or whose text does not fit their length (2 to 30 characters a second).
 
     A set that no voice can be learnt of is refused with its figures; see `Limits`.
 
@@ -131,7 +131,7 @@ class VoiceData(SplitData[VoiceRecord, VoiceFacts]):
             return
         source = self._read()
         found, unusable = self._cleaned(source)
-        left_out = Counter(source.left_out) + Counter({"unreadable": len(unusable)})
+        left_out = Counter(source.left_out) + Counter({"unreadable or silent": len(unusable)})
         splits = {side: self._usable(source.splits[side], found, source, left_out) for side in SPLITS}
         self._refuse_bad(source, unusable, left_out)
         for side, records in splits.items():
@@ -261,7 +261,7 @@ class VoiceData(SplitData[VoiceRecord, VoiceFacts]):
         mismatched = left_out.get(_MISMATCH, 0)
         if len(unusable) > self.max_bad * total:
             raise GraftError(
-                f"{self._name()}: {len(unusable)} of {total} recordings cannot be read, more than max_bad "
+                f"{self._name()}: {len(unusable)} of {total} recordings cannot be used, more than max_bad "
                 f"{self.max_bad:g} allows. The first: {next(iter(unusable.values()))}"
             )
         if mismatched > self.max_bad * total:

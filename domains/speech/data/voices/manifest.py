@@ -57,7 +57,7 @@ class VoiceManifest(VoiceData):
 
     def _read(self) -> VoiceSource:
         found = self.table._read()
-        left_out = Counter(found.left_out) + Counter({"unreadable": found.skipped})
+        left_out = Counter(found.left_out) + Counter({"unreadable or silent": found.skipped})
         return VoiceSource(splits=found.splits, language=found.language, speaker=self.table.speaker, left_out=left_out)
 
 
