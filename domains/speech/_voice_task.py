@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import soundfile
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from common.checkpoint import write_atomically
 from common.loading import mix_seed
-from common.splits import stable_hash
 from common.task import AdaptedTask
 from domains.speech._voice_figures import Collected, packed, unpacked, voice_figures
 from domains.speech.data.voices import VoiceBatch, VoiceFacts
 from domains.speech.voice_metrics import score_rows
+from domains.speech.voice_rows import voice_rows
 from domains.speech.voices import Voice, pieces, synthesize
 from domains.speech.voices._objective import Lines, everything
 
 _MOST_SYMBOLS = 400  # of a piece that is said at once; longer lines are cut
 _PAUSE = 0.2  # seconds of silence between pieces
-_SAVED = 12  # test utterances whose sound is kept
 _PROBED = ("rate", "language", "speaker", "pseudo_labelled", "max_seconds")
 
 
@@ -167,23 +163,14 @@ class VoiceTask(AdaptedTask):
         return {"name": facts.name, "digest": facts.digest, **facts.counts, **json.loads(json.dumps(described))}
 
     def predictions(self, outputs: Sequence[Tensor], data: Any, folder: Path) -> list[dict[str, Any]]:  # noqa: ANN401
-        """Return for each test recording its text and figures; for some the sound, made and recorded, as WAV files."""
-        records = data.records("test")
-        order = sorted(range(len(records)), key=lambda place: stable_hash(records[place].id, "sounds"))
-        saved, found = set(order[:_SAVED]), []
+        """Return for each test recording its text and figures, for some with sound and picture; see `voice_rows`."""
         places = [place for batch in data.test_dataloader() for place in batch.index.tolist()]
+        records = [data.records("test")[place] for place in places]
         waves = [wave for output in outputs for wave in unpacked(output)[0]]
-        clips = [data.load(records[place]) for place in places]
-        rows = self._measured(waves, clips, [records[place].text for place in places])
-        for place, wave, clip, figures in zip(places, waves, clips, rows, strict=True):
-            record = records[place]
-            row = {"id": record.id, "text": record.text, "pseudo": record.pseudo, **_plain(figures)}
-            if place in saved:
-                for key, sound in (("sound", wave), ("recording", clip)):
-                    row[key] = f"predictions/{stable_hash(record.id):016x}-{key}.wav"
-                    write_wav(folder / row[key], sound, self.facts.rate)
-            found.append((place, row))
-        return [row for _, row in sorted(found, key=lambda one: one[0])]
+        clips = [data.load(record) for record in records]
+        scores = [_plain(row) for row in self._measured(waves, clips, [record.text for record in records])]
+        rows = voice_rows(records, waves, clips, self.facts.rate, scores, folder)
+        return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda one: one[0])]
 
     def _measured(self, waves: list[Tensor], clips: list[Tensor], texts: list[str]) -> list[dict[str, Any]]:
         """Return the rows that the test's figures were made of; what a baseline spoke is measured here, words apart."""
@@ -218,16 +205,6 @@ class VoiceTask(AdaptedTask):
         )
 
 
-def write_wav(path: Path, wave: Tensor, rate: int) -> None:
-    """Write a waveform (T,) as mono WAV of 16 bits, whole or not at all."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, wave.detach().cpu().clamp(-1, 1).numpy(), rate, format="WAV", subtype="PCM_16")
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
-
-
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of figures as JSON takes them: rounded, None for nan."""
-    return {
-        key: (round(value, 6) if math.isfinite(value) else None) if isinstance(value, float) else value
-        for key, value in row.items()
-    }
+    """Return a row of figures as JSON takes them: None for nan."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}

@@ -192,7 +192,9 @@ def gaussian_loss(latents: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def posterior_of(voice: Voice, lines: Sequence[str], *, seconds: float, steps: int, seed: int = 0) -> Posterior:
-    """Return a voice's distilled posterior encoder, made once and kept in the cache.
+    """Return a voice's distilled posterior encoder: the catalog's, or one made once and kept in the cache.
+
+    The catalog's row is named as the voice's with `-posterior` behind; its file is what `load_posterior` reads.
 
     Args:
         voice: The voice, unadapted.
@@ -204,6 +206,8 @@ def posterior_of(voice: Voice, lines: Sequence[str], *, seconds: float, steps: i
     Raises:
         GraftError: The voice can say none of the lines, or the cache cannot be written.
     """
+    if f"{voice.name}-posterior" in artifacts.catalog():
+        return load_posterior(voice, artifacts.fetch(f"{voice.name}-posterior"))
     digest = hashlib.sha256()
     for part in (_VERSION, state_digest(voice.model), seconds, steps, seed, *lines):
         digest.update(f"{part}\n".encode())

@@ -24,7 +24,14 @@ from tests.domains.speech.voices.toy_data import RATE, data_of, table
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 DOMAINS = {"speech": DOMAIN}
 TRAINER = {"accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
-SMALL = {"distil_seconds": 1.0, "distil_steps": 2, "window": 16, "measures": ["acoustics"], "val_spoken": 1}
+SMALL = {
+    "posterior": "frozen",
+    "distil_seconds": 1.0,
+    "distil_steps": 2,
+    "window": 16,
+    "measures": ["acoustics"],
+    "val_spoken": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +77,8 @@ def test_a_run_goes_from_fit_to_an_export_that_speaks(cache, voice, clips, tmp_p
     assert len(rows) == 3
     for row in rows:
         sound, rate = soundfile.read(run / row["sound"])
-        assert rate == RATE
         assert len(sound) / rate == pytest.approx(row["seconds"], abs=0.3)
-        assert (run / row["recording"]).is_file()
+        assert (run / row["reference_sound"]).is_file()
 
     certificate = export(run, adapter, record, DOMAINS)
     assert certificate["reload_max_abs_error"] <= 1e-5

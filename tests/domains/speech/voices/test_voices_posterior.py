@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributions import Normal, kl_divergence
 
+from common import artifacts
 from common.errors import GraftError
 from domains.speech.voices import build_voice, expand, frames_of, log_durations, read, synthesize
 from domains.speech.voices._alignment import align, frame_likelihoods
@@ -169,3 +171,13 @@ def test_a_recording_of_the_voice_itself_is_warped_onto_its_own_durations(voice)
         frames = frames_of(log_durations(voice.model, prior.hidden, prior.mask, None), prior.mask)[0].long()
     said = synthesize(voice, voice.model, ids, durations=frames, noise=0.0)
     assert torch.equal(warp_recording(voice, voice.model, ids, said), frames)
+
+
+def test_a_catalogued_posterior_is_taken_and_nothing_distilled(voice, tmp_path, monkeypatch):
+    made = Posterior(voice.bins, voice.latents)
+    half = {name: tensor.half() for name, tensor in made.state_dict().items()}
+    save_file(half, tmp_path / "p.safetensors")
+    monkeypatch.setattr(artifacts, "catalog", lambda: {f"{voice.name}-posterior": None})
+    monkeypatch.setattr(artifacts, "fetch", lambda name: tmp_path / "p.safetensors")
+    found = posterior_of(voice, TEXTS, seconds=1.0, steps=1)
+    assert all(torch.equal(found.state_dict()[name], tensor.float()) for name, tensor in half.items())
