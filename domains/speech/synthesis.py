@@ -51,9 +51,9 @@ class VoiceAdaptation(VoiceTask):
         words: Weight of the distance that a frozen recogniser hears (`Listener`); 0 leaves it out.
         scale: Share of the learned change that is spoken and exported, from 0, the voice as it was, to 1: each trained
             parameter is put at this point between its start and its end.
-        posterior: `train` trains the posterior encoder too, as VITS does: one distilled from the voice itself has heard no
-            other pitch. `frozen` keeps it as it is. It is no part of the voice, is never
-            exported, and stands apart from the method's parameters (`data.posterior_parameters` in metrics.json).
+        posterior: `train` trains the posterior encoder too, as VITS does: one that was distilled from the voice itself
+            has heard no other pitch. `frozen` keeps it as it is. It is no part of the voice, is never exported, and
+            stands apart from the method's parameters (`data.posterior_parameters` in metrics.json).
         distil_seconds: How much of its own speech the voice makes for the distillation.
         distil_steps: Steps of the distillation.
         window: Frames that the decoder turns into sound at a time in training.
