@@ -6,7 +6,7 @@ from domains.speech._pitch import median_pitch, pitch
 from domains.speech.voice_metrics._acoustics import Acoustics, acoustics
 from domains.speech.voice_metrics._cepstra import frame_distortion, mel_cepstra
 from domains.speech.voice_metrics._dtw import warp
-from domains.speech.voice_metrics._score import CHEAP, PARTS, Part, score, score_rows, summary
+from domains.speech.voice_metrics._score import CHEAP, PARTS, Part, intervals, score, score_rows, summary
 from domains.speech.voice_metrics._speaker import (
     SpeakerEncoder,
     speaker_encoder,
@@ -25,6 +25,7 @@ __all__ = [
     "acoustics",
     "frame_distortion",
     "heard",
+    "intervals",
     "median_pitch",
     "mel_cepstra",
     "pitch",

@@ -101,6 +101,29 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
+def intervals(
+    rows: Sequence[Mapping[str, Any]], *, draws: int = 1000, share: float = 0.95, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Return an interval for each figure of `summary`, by a percentile bootstrap over the utterances.
+
+    It says what other texts would have changed, not other seeds of training: these take several runs.
+
+    Args:
+        rows: The rows of `score_rows`.
+        draws: How often as many utterances are drawn anew, with replacement.
+        share: How many of the drawn figures lie inside.
+        seed: Seed of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [summary([rows[place] for place in rng.integers(len(rows), size=len(rows))]) for _ in range(draws)]
+    tail = 100.0 * (1.0 - share) / 2.0
+    found = {}
+    for name in summary(rows):
+        low, high = np.nanpercentile([one[name] for one in drawn], [tail, 100.0 - tail])
+        found[name] = (float(low), float(high))
+    return found
+
+
 def score(
     generated: Sequence[Tensor],
     reference: Sequence[Tensor],

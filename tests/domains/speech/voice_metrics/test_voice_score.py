@@ -16,6 +16,7 @@ from domains.speech.voice_metrics import (
     _speaker,
     acoustics,
     heard,
+    intervals,
     score,
     score_rows,
     spectrum_distance,
@@ -65,6 +66,17 @@ def test_figures_of_a_set_are_those_of_its_utterances():
         "f0_gap",
         "duration_ratio",
     }
+
+
+def test_an_interval_is_as_wide_as_the_error_of_a_mean():
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0)).double() + 5
+    rows = [{"speaker_similarity": value, "errors": int(value > 6), "words": 4} for value in values.tolist()]
+    found = intervals(rows)
+    low, high = found["speaker_similarity"]
+    middle, error = float(values.mean()), float(values.std()) / math.sqrt(200)
+    assert (low, high) == pytest.approx((middle - 1.96 * error, middle + 1.96 * error), abs=0.2 * error)
+    assert found["wer"][0] < summary(rows)["wer"] < found["wer"][1]
+    assert found == intervals(rows)
 
 
 def test_nothing_voiced_leaves_no_pitch():

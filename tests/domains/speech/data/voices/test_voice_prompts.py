@@ -11,6 +11,7 @@ import torch
 
 from common.artifacts import Member
 from common.errors import GraftError
+from common.splits import stable_hash
 from domains.speech.backbones import build
 from domains.speech.backbones._mel import log_mel
 from domains.speech.data.voices import AsteriskVoice, Limits, _labels, _prompts
@@ -48,6 +49,7 @@ def package(monkeypatch):
         members = [Member(f"{_prompts.ROOT}{name}.g722", g722(audio), None) for name, audio in sounds.items()]
         monkeypatch.setattr(_prompts.artifacts, "fetch", lambda name: name)
         monkeypatch.setattr(_prompts.artifacts, "iter_members", lambda path, prefix: iter(members))
+        monkeypatch.setattr(_prompts, "_PARTS", 1)
         answers = iter(labels)
 
         def make():
@@ -128,7 +130,6 @@ def test_texts_are_known_or_pseudo_labels_and_doubtful_ones_are_left_out(package
         PseudoLabel(text="The kiwi sings at night.", confidence=-0.2, agreed=False),
         PseudoLabel(text="The plum sings at night.", confidence=-0.5, agreed=True),
         PseudoLabel(text="...", confidence=-0.1, agreed=True),
-        PseudoLabel(text="You.", confidence=-0.1, agreed=True),  # of the silence
     ]
     made = package(sounds, labels)
     options = {"limits": Limits(minutes=0.01), "test_fraction": 0.3, "val_fraction": 0.2}
@@ -148,6 +149,22 @@ def test_texts_are_known_or_pseudo_labels_and_doubtful_ones_are_left_out(package
     assert sum(stricter.facts.counts.values()) == 11
     assert stricter.facts.left_out["single words"] == 1
     assert len(made) == 1  # labels are made once
+
+
+def test_an_interrupted_labelling_goes_on_where_it_was(package, monkeypatch):
+    sounds = {f"p{n}": syllables(100.0 + n) for n in range(6)}
+    good = [PseudoLabel(text=f"Number {n}.", confidence=-0.1, agreed=True) for n in range(6)]
+    package(sounds, good[:4])
+    monkeypatch.setattr(_prompts, "_PARTS", 3)
+    sizes = [sum(stable_hash(name, "part") % 3 == part for name in sounds) for part in range(3)]
+    assert sizes[0] + sizes[1] <= 4  # so two parts are done when labels run out
+    with pytest.raises(StopIteration):
+        asterisk_module.prompts()
+    package(sounds, good[: sizes[2]])
+    monkeypatch.setattr(_prompts, "_PARTS", 3)
+    found, silent = asterisk_module.prompts()
+    assert [prompt.id for prompt in found] == sorted(sounds)
+    assert silent == 0
 
 
 def test_arguments_out_of_range_are_refused():
