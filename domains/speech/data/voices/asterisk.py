@@ -46,7 +46,7 @@ class AsteriskVoice(VoiceData):
         self,
         min_confidence: float = -0.35,
         words: bool = True,
-        test_fraction: float = 0.25,
+        test_fraction: float = 0.35,
         val_fraction: float = 0.1,
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
