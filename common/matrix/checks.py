@@ -52,7 +52,7 @@ def identity(bench: Bench) -> str:
 def only_intended_move(bench: Bench) -> str:
     """In three steps every trainable parameter moves, and nothing else."""
     trained = bench.trained
-    own = {name for name, parameter in trained.attached.model.named_parameters() if parameter.requires_grad}
+    own = {n for n, p in trained.attached.model.named_parameters() if p.requires_grad and p.numel()}
     buffers = {name for name, _ in trained.attached.model.named_buffers()}
     moved = {name for name, value in trained.after.items() if not torch.equal(value, trained.before[name])}
     _require(not own - moved, f"{len(own - moved)} of {len(own)} trainable never move: {_some(own - moved)}")

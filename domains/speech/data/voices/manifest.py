@@ -58,7 +58,7 @@ class VoiceManifest(VoiceData):
     def _read(self) -> VoiceSource:
         found = self.table._read()
         left_out = Counter(found.left_out) + Counter({"unreadable or silent": found.skipped})
-        return VoiceSource(splits=found.splits, language=found.language, speaker=self.table.speaker, left_out=left_out)
+        return VoiceSource(splits=found.splits, language=found.language, speaker=self.table.voice, left_out=left_out)
 
 
 class _OneSpeaker(Manifest):
@@ -66,7 +66,7 @@ class _OneSpeaker(Manifest):
 
     def __init__(self, speaker: str, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
-        self.speaker = speaker
+        self.speaker, self.voice = speaker, speaker
 
     def _name(self) -> str:
         return f"VoiceManifest:{self.path.stem}"
@@ -82,6 +82,6 @@ class _OneSpeaker(Manifest):
         if self.speaker and self.speaker not in speakers:
             raise GraftError(f"{self.path} has no speaker '{self.speaker}'.{suggest(self.speaker, speakers)}")
         kept = [row for row in rows if not self.speaker or row.record.speaker == self.speaker]
-        self.speaker = self.speaker or (speakers[0] if speakers else self.path.stem)
+        self.voice = self.speaker or (speakers[0] if speakers else self.path.stem)
         bare = [dataclasses.replace(row, record=dataclasses.replace(row.record, speaker="")) for row in kept]
         return bare, {**left_out, "other speakers": len(rows) - len(kept)}

@@ -43,6 +43,7 @@ def voice(tmp_path):
 
 def opened(path, **options):
     data = VoiceManifest(path, **{**EASY, **options})
+    data.prepare_data()  # reads the table a first time
     data.setup()
     return data
 
