@@ -32,18 +32,20 @@ def calibrate(attached: Attached, loader: DataLoader[Any], loss: Callable[[Any],
         loss: Runs the model on a batch and returns the loss.
         seed: Seed of whatever a loss draws.
     """
-    wanted = attached.spec.calibration
-    if wanted is None:
-        return
     prefix = "base_model.model."
-    layers = {name.removeprefix(prefix): layer for name, layer in tuner_layers(attached.model).items()}
-    bare = {name: layer.get_base_layer() for name, layer in layers.items()}
-    gather = _gradients if wanted.of in ("gradient", "fisher") else _activations
-    batches = first_batches(loader, wanted.batches, singly=wanted.of == "fisher")
-    with torch.random.fork_rng(devices=[]), _bare(attached.model):
-        torch.manual_seed(seed)
-        seen = gather(bare, wanted, (functools.partial(loss, batch) for batch in batches))
-    attached.spec.calibrate(layers, {name: _shared(value) for name, value in seen.items()})
+    adapted = {name.removeprefix(prefix): layer for name, layer in tuner_layers(attached.model).items()}
+    for spec, names in attached.plan.looks:
+        wanted = spec.calibration
+        if wanted is None:
+            continue
+        layers = {name: adapted[name] for name in names}
+        bare = {name: layer.get_base_layer() for name, layer in layers.items()}
+        gather = _gradients if wanted.of in ("gradient", "fisher") else _activations
+        batches = first_batches(loader, wanted.batches, singly=wanted.of == "fisher")
+        with torch.random.fork_rng(devices=[]), _bare(attached.model):
+            torch.manual_seed(seed)
+            seen = gather(bare, wanted, (functools.partial(loss, batch) for batch in batches))
+        spec.calibrate(layers, {name: _shared(value) for name, value in seen.items()})
     recount(attached)
 
 

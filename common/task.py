@@ -162,7 +162,7 @@ class AdaptedTask(L.LightningModule):
 
     def _calibrate(self) -> None:
         """Show a fresh adapter the first training batches, where its method wants to see some."""
-        if self.peft.calibration is not None:
+        if self.attached.plan.looks:
             strategy = self.trainer.strategy
             self.to(strategy.root_device).eval()
             loader, seed = self._datamodule().train_dataloader(), mix_seed(self.seed, 4)

@@ -34,6 +34,8 @@ class Plan:
         mode: `frozen` keeps the whole backbone in eval mode and out of the graph; `adapted` trains with dropout on and
             the statistics of frozen norms fixed; `full` trains everything.
         quantise: Frozen linear layers to hold in fewer bits, name to `int8` or `nf4`, before anything is wrapped.
+        looks: Methods that want to see training data before the first step (`MethodSpec.calibration`), each with the
+            modules that it acts on: the planned one itself, or parts of a composed one.
         notes: What the user should know of how the settings were carried out, one sentence each.
     """
 
@@ -41,6 +43,7 @@ class Plan:
     targets: Mapping[str, str]
     mode: ModePolicy = "adapted"
     quantise: Mapping[str, Literal["int8", "nf4"]] = field(default_factory=dict)
+    looks: tuple[tuple[MethodSpec, tuple[str, ...]], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -86,8 +89,6 @@ class MethodSpec:
     @property
     def alone(self) -> str:
         """Why the method can be no part of a composed one; empty where it can."""
-        if self.calibration is not None:
-            return "it looks at training data before the first step"
         return "" if self.recomputable else "it acts on all blocks together"
 
     def after_attach(self, model: nn.Module) -> None:
@@ -114,7 +115,8 @@ class MethodSpec:
     def calibration(self) -> Calibration | None:
         """What the method wants to see of the training data before the first step; None where it needs no look.
 
-        Without data a method must stand by itself: an adapter is attached to be loaded, too.
+        Its plan says so in `looks`. Without data a method must stand by itself: an adapter is attached to be loaded,
+        too.
         """
         return None
 

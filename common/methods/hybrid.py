@@ -128,7 +128,8 @@ def together(method: str, plans: Sequence[tuple[str, Plan]]) -> Plan:
     config = MixtureConfig(parts=[plan.peft_config for _, plan in plans])  # ty: ignore[invalid-argument-type]
     notes = tuple(note for _, plan in plans for note in plan.notes)
     quantise = {name: bits for _, plan in plans for name, bits in plan.quantise.items()}
-    return Plan(peft_config=config, targets=targets, quantise=quantise, notes=notes)
+    looks = tuple(look for _, plan in plans for look in plan.looks)
+    return Plan(peft_config=config, targets=targets, quantise=quantise, looks=looks, notes=notes)
 
 
 def _one_holds_the_other(first: str, second: str) -> bool:
@@ -242,7 +243,9 @@ def _narrowed(plan: Plan, blocks: Sequence[str], name: str) -> Plan:
             setattr(
                 config, pattern, {key: value for key, value in given.items() if any(map(re.compile(key).match, held))}
             )
-    return dataclasses.replace(plan, peft_config=config, targets={module: plan.targets[module] for module in held})
+    looks = tuple((spec, tuple(module for module in names if module in held)) for spec, names in plan.looks)
+    targets = {module: plan.targets[module] for module in held}
+    return dataclasses.replace(plan, peft_config=config, targets=targets, looks=looks)
 
 
 @dataclass(frozen=True, kw_only=True)

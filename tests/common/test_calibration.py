@@ -19,7 +19,7 @@ from common.checkpoint import LAST, read_checkpoint
 from common.errors import GraftError
 from common.exchange import ADAPTER, export, load
 from common.loading import first_batches
-from common.methods import GPS, SCT, FishMask, SHiRA
+from common.methods import GPS, METHODS, SCT, FishMask, SHiRA
 from common.run import fit, read_record
 from tests.toy import DOMAINS, FAMILY, Batch, ToyData, ToyTask, spec_of, toy_backbone
 
@@ -209,6 +209,34 @@ def test_eva_starts_at_the_principal_directions_of_the_inputs():
         wanted = torch.linalg.svd(torch.cat(inputs).flatten(0, -2), full_matrices=False).Vh[:2]
         found = layers[name].lora_A["default"].weight.detach()
         torch.testing.assert_close((found @ wanted.T).abs(), torch.eye(2), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("composed", ["Mixture", "PerGroup", "AtBudget"])
+def test_parts_of_a_composed_method_see_their_own_layers(composed):
+    gps, sct = spec_of("GPS", on=["ffn"], batches=2), spec_of("SCT", on=["attention_out"], batches=2)
+    spec = {
+        "Mixture": lambda: METHODS["Mixture"](parts=[gps, sct]),
+        "PerGroup": lambda: METHODS["PerGroup"](groups=[[gps], [sct]]),
+        "AtBudget": lambda: METHODS["AtBudget"](method=spec_of("LoRA", init="eva", batches=2), share=0.5),
+    }[composed]()
+    alone = [calibrated(part)[1] for part in ((gps, sct) if composed != "AtBudget" else (spec._sized(2),))]
+    attached, layers = calibrated(spec)
+    wanted = {
+        "Mixture": {"blocks.0.fc1", "blocks.0.fc2", "blocks.1.fc1", "blocks.1.fc2", "blocks.0.out", "blocks.1.out"},
+        "PerGroup": {"blocks.0.fc1", "blocks.0.fc2", "blocks.1.out"},
+        "AtBudget": set(alone[0]),
+    }[composed]
+    assert layers.keys() == wanted
+    for name, layer in layers.items():
+        own = next(part[name] for part in alone if name in part)
+        for kept in ("sparse_indices", "salient_channels"):
+            if hasattr(own, kept):
+                assert torch.equal(getattr(layer, kept)["default"], getattr(own, kept)["default"])
+        if composed == "AtBudget":
+            rows = own.lora_A["default"].weight
+            assert torch.equal(layer.lora_A["default"].weight[: len(rows)], rows)
+    trained = sum(p.numel() for p in attached.model.parameters() if p.requires_grad)
+    assert sum(number for _, number in attached.params_by_role.values()) == trained
 
 
 # ---- in a run ------------------------------------------------------------------------------------------------------

@@ -124,7 +124,8 @@ class LoRA(OnModules):
             held = self._held_in_fewer_bits(model, roles, targets)
             notes = (_EVA_NOTE.format(batches=self.batches), *notes) if eva else notes
             notes = ("LoRA runs in PEFT's own tuner.", *notes)
-            return Plan(peft_config=config, targets=targets, notes=notes, quantise=held)
+            looks = ((self, tuple(targets)),) if eva else ()
+            return Plan(peft_config=config, targets=targets, notes=notes, quantise=held, looks=looks)
         name, reason = next(iter(wrong.items()))
         if self.quantize is not None:
             raise GraftError(

@@ -32,6 +32,7 @@ class _Mask(OnModules):
         return Plan(
             peft_config=config(target_modules=exact(list(targets)), rule=rule, amount=amount, mask=mask),
             targets=targets,
+            looks=((self, tuple(targets)),) if wanted else (),
             notes=(_SEEN.format(batches=wanted.batches),) if wanted else (),
         )
 

@@ -72,7 +72,8 @@ class SCT(OnModules):
             "then, and where there are no data, they are chosen at random."
         )
         note = f"{self.channels} channels are lowered to the outputs of {len(lowered)} layers: {listed(lowered)}."
-        return Plan(peft_config=config, targets=targets, notes=(seen, note) if lowered else (seen,))
+        notes = (seen, note) if lowered else (seen,)
+        return Plan(peft_config=config, targets=targets, looks=((self, tuple(targets)),), notes=notes)
 
     def calibrate(self, layers: Mapping[str, Any], seen: Mapping[str, Tensor]) -> None:
         """Choose the channels; see the base class."""
