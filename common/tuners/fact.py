@@ -88,11 +88,15 @@ class FactLayer(ExchangedLayer):
         base, owner, inner = self.get_base_layer(), self.owner[adapter_name][0], self.fact_inner[adapter_name]
         left, right = owner.fact_left[adapter_name].to(inner), owner.fact_right[adapter_name].to(inner)
         if adapter_name in owner.fact_core:
-            inner = torch.einsum("tk,kab->tab", inner, owner.fact_core[adapter_name].to(inner))
+            core = owner.fact_core[adapter_name].to(inner)
+            inner = (inner @ core.flatten(1)).view(-1, *core.shape[1:])
         rows = by_output(base, self.base_parameter("weight").to(inner.dtype))
         matrix = rows.flatten(1)
         down = math.ceil(matrix.shape[0] / len(left))
-        tiles = (left @ inner @ right.T).unflatten(0, (down, -1))  # (down, across, tile rows, tile columns)
+        # No `@` of a matrix and a batch: which kernel, and so which rounding, that takes depends on `requires_grad`.
+        tiles = torch.bmm(left.expand(len(inner), -1, -1), inner)
+        tiles = torch.bmm(tiles, right.T.expand(len(inner), -1, -1))
+        tiles = tiles.unflatten(0, (down, -1))  # (down, across, tile rows, tile columns)
         change = tiles.transpose(1, 2).flatten(2).flatten(0, 1)[: matrix.shape[0], : matrix.shape[1]]
         weight = torch.add(matrix, change, alpha=self.scaling[adapter_name])
         return {"weight": by_output(base, weight.view(rows.shape))}

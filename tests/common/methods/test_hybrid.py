@@ -68,7 +68,6 @@ def test_parts_are_built_from_the_plain_values_of_a_record():
         ([LoRA(), FullFineTune()], "Mixture cannot hold FullFineTune, which adds no adapter"),
         ([LoRA(b_rate=4), NormTuning()], "Mixture cannot hold LoRA: freeze_a and b_rate act on all"),
         ([AdaLoRA()], "Mixture cannot hold AdaLoRA: its ranks follow a schedule"),
-        ([FishMask()], "Mixture cannot hold FishMask: it looks at training data"),
         ([LoRA(), BitFit()], "LoRA acts on '.*' and BitFit on '.*', and no module may be in two parts"),
     ],
 )

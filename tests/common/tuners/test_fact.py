@@ -146,6 +146,14 @@ def test_layers_merge_one_after_the_other():
         )
 
 
+@pytest.mark.parametrize("form", ["tt", "tk"])
+def test_a_frozen_adapter_computes_the_same_to_the_bit(form):
+    """Loaded, it needs no gradients, which must not choose other kernels."""
+    model = random(wrap(nn.Linear(64, 192), nn.Linear(256, 64), r=8, tile_rows=64, tile_columns=64, form=form))
+    before = outputs(model)
+    assert same(outputs(model.requires_grad_(False)), before)
+
+
 def test_a_rank_above_the_tile_is_refused():
     with pytest.raises(ValueError, match="Rank 3 does not fit tiles of 4 x 2"):
         wrap(nn.Linear(2, 4), r=3, tile_rows=4, tile_columns=2)
