@@ -270,9 +270,14 @@ def _calls(layers: dict[str, Any]) -> Generator[set[str]]:
 
 
 def _has_gradient(layer: nn.Module) -> bool:
-    """Whether a gradient arrived; a layer that only hands on what another one trains has nothing to get one."""
+    """Whether a gradient arrived; a layer that only hands on what another one trains has nothing to get one.
+
+    Where a layer trains few of its weights, one batch may give all of them a zero.
+    """
     trained = [p for p in layer.parameters() if p.requires_grad]
-    return not trained or any(p.grad is not None and bool(p.grad.any()) for p in trained)
+    arrived = [p.grad for p in trained if p.grad is not None]
+    few = getattr(layer, "few_weights", False)
+    return not trained or (bool(arrived) if few else any(bool(grad.any()) for grad in arrived))
 
 
 def _short(names: list[str], most: int = 3) -> list[str]:

@@ -39,6 +39,7 @@ class SparseConfig(OwnConfig):
 class SparseLayer(ExchangedLayer):
     """y = f(x; W + D): D holds trained values, zero at the start, at chosen positions, and zeros elsewhere."""
 
+    few_weights: ClassVar[bool] = True  # tells the liveness probe
     adapter_layer_names: tuple[str, ...] = ("sparse_values",)
     other_param_names: tuple[str, ...] = ("sparse_indices", "rule")
 

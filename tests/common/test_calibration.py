@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common import exchange
-from common.attach import attach, tuner_layers
+from common.attach import attach, probe, tuner_layers
 from common.calibration import calibrate
 from common.checkpoint import LAST, read_checkpoint
 from common.errors import GraftError
@@ -355,6 +355,19 @@ def test_the_user_is_told(runs):
     notes = " ".join(read_record(runs("GPS")[0])["notes"])
     assert "Which weights are trained is decided by 2 training batches before the first step" in notes
     assert json.loads((runs("GPS")[0] / "metrics.json").read_text())["method"]["init_args"]["batches"] == 2
+
+
+def test_a_mask_that_meets_a_zero_gradient_is_not_dead_and_an_unused_layer_is():
+    model = toy_backbone()
+    with torch.no_grad():
+        model.blocks[0].fc1.bias.fill_(-100.0)  # behind a ReLU
+    attached = attach(model, FishMask(on=["ffn_in"], density=0.01), FAMILY)
+    probe(attached, lambda: attached.model(batches(1)[0]))
+    model = toy_backbone()
+    model.blocks[0].forward = lambda x: x
+    attached = attach(model, FishMask(on=["ffn_in"], density=0.01), FAMILY)
+    with pytest.raises(GraftError, match=r"1 of 2 adapters are dead in train mode: .*\(blocks.0.fc1\)"):
+        probe(attached, lambda: attached.model(batches(1)[0]))
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
