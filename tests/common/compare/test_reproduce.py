@@ -14,6 +14,7 @@ from common._yaml import load_yaml
 from common.compare import load_study
 from common.compare.claims import READ, load_card, load_cards
 from common.compare.reproduce import reproduce
+from common.compare.verdicts import TESTS
 from common.errors import GraftError
 
 REPO = Path(__file__).parents[3]
@@ -148,6 +149,13 @@ def test_an_unknown_card_is_named(tmp_path):
     (tmp_path / "ahead.yaml").write_text(CARD)
     with pytest.raises(GraftError, match=r"Unknown card 'ahed'\. Did you mean 'ahead'"):
         load_cards(tmp_path, ["ahed"])
+
+
+def test_the_folders_page_explains_every_test():
+    page = (REPO / "configs" / "claims" / "README.md").read_text()
+    for name, known in TESTS.items():
+        assert f"| `{name}: {{" in page
+        assert all(word in page for word in (*known.must, *known.may))
 
 
 SHIPPED = sorted((REPO / "configs" / "claims").glob("*.yaml"))

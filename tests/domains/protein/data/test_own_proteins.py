@@ -379,6 +379,15 @@ def test_shots_take_as_many_of_each_class(classes):
         ready(classes(shots=100))
 
 
+def test_a_share_is_of_each_class_and_splits_share_no_protein(classes):
+    whole, half = ready(classes()), ready(classes(share=0.5))
+    for name in "ab":
+        counts = [sum(record.label == name for record in data.records("train")) for data in (whole, half)]
+        assert counts[1] == round(counts[0] / 2)
+    assert half.records("test") == whole.records("test")
+    assert set(half.describe_splits()["shared"].values()) == {0}
+
+
 def test_one_class_or_an_untrained_one_is_refused(classes):
     with pytest.raises(GraftError, match="needs at least 2 classes to tell apart and has a"):
         ready(classes(lambda rows: [[row[0], "a"] for row in rows]))

@@ -172,6 +172,13 @@ def test_few_shots_are_a_fixed_subset(path):
         opened(path, shots=99)
 
 
+def test_a_share_is_a_fixed_subset(path):
+    whole, half = opened(path), opened(path, share=0.5)
+    assert half.facts.counts["train"] == round(whole.facts.counts["train"] / 2)
+    assert half.facts.counts["test"] == whole.facts.counts["test"]
+    assert half.describe_splits()["splits"].keys() == {"train", "val", "test"}
+
+
 def test_arguments_out_of_range_are_all_named():
     with pytest.raises(GraftError, match=r"max_seconds is 0 .*batch_size is 0 .*max_bad is 1 .*speed has 3\.0"):
         Manifest("x.csv", max_seconds=0, batch_size=0, max_bad=1, speed=(3.0,))

@@ -125,6 +125,18 @@ def test_fewer_shots_are_a_part_of_more(folder):
     assert set(ready(folder, shots=2).records("train")) < set(ready(folder, shots=4).records("train"))
 
 
+def test_a_share_is_of_each_class_and_the_test_stays(folder):
+    everything, half = ready(folder), ready(folder, share=0.5)
+    whole = Counter(r.label for r in everything.records("train"))
+    assert Counter(r.label for r in half.records("train")) == {name: round(count / 2) for name, count in whole.items()}
+    assert half.records("test") == everything.records("test")
+    described = [data.describe_splits() for data in (everything, half)]
+    assert described[0]["splits"]["test"] == described[1]["splits"]["test"]
+    assert described[0]["shared"]["train-test"] == 0
+    with pytest.raises(GraftError, match=r"share is 0\.5 and shots is 2"):
+        ready(folder, share=0.5, shots=2)
+
+
 def test_too_many_shots_name_class_and_count(folder):
     available = Counter(r.label for r in ready(folder).records("train"))
     with pytest.raises(GraftError, match=rf"shots is 7.*'dog' \({available['dog']}\)"):
