@@ -8,8 +8,8 @@ those that train a few shared numbers higher ones.
 |---|---|
 | LinearProbe | 3e-3, 1e-2, 3e-2 (of the head: `model.optim.head_lr`) |
 | FullFineTune, LastBlocks, SuperTuning | 1e-5, 1e-4, 1e-3 |
-| BitFit, BEFT, NormTuning, NormBias, SSF, RoAd | 1e-3, 3e-3, 1e-2 |
-| IA3, VeRA, PVeRA, VBLoRA, TinyLoRA, UniLoRA, FourierFT, WaveFT | 3e-3, 1e-2, 3e-2 |
+| BitFit, BEFT, DiffFit, NormTuning, NormBias, SSF, RoAd | 1e-3, 3e-3, 1e-2 |
+| IA3, VeRA, PVeRA, VBLoRA, TinyLoRA, UniLoRA, FourierFT, WaveFT, prompts and prefixes | 3e-3, 1e-2, 3e-2 |
 | LoRA and its kin, bottleneck adapters, all others | 3e-4, 1e-3, 3e-3 |
 """
 
@@ -20,8 +20,9 @@ from collections.abc import Mapping
 _HIGH, _VECTORS, _WHOLE = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2), (1e-5, 1e-4, 1e-3)
 _OTHERS = (3e-4, 1e-3, 3e-3)
 _NAMES: Mapping[tuple[float, ...], str] = {
-    _HIGH: "LinearProbe IA3 VeRA PVeRA VBLoRA TinyLoRA UniLoRA FourierFT WaveFT",
-    _VECTORS: "BitFit BEFT NormTuning NormBias SSF RoAd",
+    _HIGH: "LinearProbe IA3 VeRA PVeRA VBLoRA TinyLoRA UniLoRA FourierFT WaveFT "
+    "VPTShallow VPTDeep PromptTuning PrefixTuning",
+    _VECTORS: "BitFit BEFT DiffFit NormTuning NormBias SSF RoAd",
     _WHOLE: "FullFineTune LastBlocks SuperTuning",
 }
 RATES: Mapping[str, tuple[float, ...]] = {name: rates for rates, names in _NAMES.items() for name in names.split()}
