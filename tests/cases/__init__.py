@@ -22,10 +22,12 @@ ALIKE = {name for name in reparameterised.CASES if name in METHODS} - {"LoRA", "
 
 def on_networks(networks, first, methods=METHODS):
     """Every method on every network; those alike see the first networks only, and all of them with `--slow`."""
-    for key in networks:
-        for method in methods:
-            slow = method in ALIKE and key not in first
-            yield pytest.param(key, method, marks=[pytest.mark.slow] if slow else [], id=f"{key}-{method}")
+
+    def cell(key, method):
+        slow = method in ALIKE and key not in first
+        return pytest.param(key, method, marks=[pytest.mark.slow] if slow else [], id=f"{key}-{method}")
+
+    return [cell(key, method) for key in networks for method in methods]
 
 
 __all__ = ["ALIKE", "CASES", "LINEAR_ONLY", "Case", "on_networks"]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
+    from common.roles import RoleMap
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuperTuning(OnLinear):
@@ -58,7 +60,8 @@ class BEFT(OnLinear):
 
     b + e for the biases of the chosen linear layers, e = 0 at the start. The paper trains the bias of the value
     projection alone; Graft's roles know `attention_qkv` (a fused layer has the three in one). Trainable parameters: out
-    for each layer. The smallest of the bias methods; merges to the bit.
+    for each layer; layers of a role that have no bias are passed over. The smallest of the bias methods; merges to the
+    bit.
 
     Args:
         on: Roles of linear layers that have a bias.
@@ -71,11 +74,20 @@ class BEFT(OnLinear):
 
     on: list[str] = field(default_factory=lambda: ["attention_qkv"])
 
-    def check_layers(self, layers: Mapping[str, nn.Module]) -> None:
-        """See the base class."""
-        without = [name for name, layer in layers.items() if getattr(layer, "bias", None) is None]
-        if without:
+    def select(self, model: nn.Module, roles: RoleMap | None) -> dict[str, str]:
+        """Return the chosen layers that have a bias.
+
+        Raises:
+            GraftError: None has one, or one that was named has none.
+        """
+        chosen = super().select(model, roles)
+        having = {
+            name: role for name, role in chosen.items() if model.get_submodule(name)._parameters.get("bias") is not None
+        }
+        without = [name for name in chosen if name not in having]
+        if without and (not having or self.target_modules is not None):
             raise GraftError(f"BEFT trains biases, and '{without[0]}' has none. Choose other roles with 'on'.")
+        return having
 
     def configure(self, target: str, shapes: Mapping[str, Shape]) -> tuple[PeftConfig, tuple[str, ...]]:
         """See the base class."""

@@ -294,5 +294,16 @@ def test_what_was_lowered_is_told(spec, notes):
     assert all(note.startswith(words) for note, words in zip(found, notes, strict=True))
 
 
+def test_beft_passes_over_layers_without_a_bias():
+    net = toy_backbone()
+    net.blocks[0].qkv.bias = None
+    assert list(attach(net, BEFT(), FAMILY).plan.targets) == ["blocks.1.qkv"]
+    net = toy_backbone()
+    for block in net.blocks:
+        block.qkv.bias = None
+    with pytest.raises(GraftError, match=r"'blocks\.0\.qkv' has none"):
+        attach(net, BEFT(), FAMILY)
+
+
 def test_every_source_is_of_a_known_kind():
     assert {spec.source.split()[0] for spec in METHODS.values() if spec.source} == {"arXiv", "OpenReview"}

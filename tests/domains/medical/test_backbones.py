@@ -196,6 +196,7 @@ REFUSED |= {
 }
 REFUSED["PrefixTuning", "unetr"] = "PrefixTuning cannot act on this unetr backbone: its attention is computed by hand"
 REFUSED["LST", "swin"] = "LST needs blocks of one width, and this backbone's have 12, 24, 48, 96 channels"
+REFUSED["BEFT", "unetr"] = r"BEFT trains biases, and 'vit\.blocks\.0\.attn\.qkv' has none"
 
 
 def spec_of(method, key):
