@@ -9,6 +9,9 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
+import torch
+from torch import nn
+
 from common.domain import Domain
 from common.errors import GraftError, unknown
 from common.matrix.cell import Cell, choose, run_cell
@@ -21,7 +24,8 @@ Kind = Literal["attention", "recurrent", "convolutions"]
 def columns_of(domains: Mapping[str, Domain]) -> Columns:
     """Import the specimens of all domains, title to builder, in the domains' order.
 
-    A network is built once, when it is first asked for; each call of its builder returns a copy.
+    A network is built once, when it is first asked for; each call of its builder returns a copy. Biases, scales and
+    running statistics are moved off their start.
     """
     columns: dict[str, Build] = {}
     for domain in domains.values():
@@ -32,13 +36,34 @@ def columns_of(domains: Mapping[str, Domain]) -> Columns:
 
 
 def _copies_of(build: Build) -> Build:
-    first = functools.cache(build)
+    @functools.cache
+    def first() -> Specimen:
+        specimen = build()
+        move_off_the_start(specimen.model)
+        return specimen
 
     def copied() -> Specimen:
         specimen = first()
         return dataclasses.replace(specimen, model=copy.deepcopy(specimen.model))
 
     return copied
+
+
+@torch.no_grad()
+def move_off_the_start(model: nn.Module) -> None:
+    """Make biases, scales and running statistics what training makes of them: no round numbers.
+
+    What multiplies a bias of zero gets no gradient, and a branch that is scaled to a millionth hides what is on it.
+    """
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0.0, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
 
 
 def chosen(given: Sequence[str], known: Sequence[str], what: str) -> list[str]:

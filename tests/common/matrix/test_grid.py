@@ -15,7 +15,7 @@ from common.cli.matrix import PAGE
 from common.domain import Domain
 from common.errors import GraftError
 from common.matrix import Cell, chosen, columns_of, covering, run_cell, whole
-from common.matrix.grid import kind_of
+from common.matrix.grid import kind_of, move_off_the_start
 from common.matrix.page import as_html, markdown
 from common.methods import METHODS
 from domains import DOMAINS
@@ -42,9 +42,12 @@ def test_a_specimen_is_the_same_each_time_and_draws_nothing(title):
         assert torch.equal(output, second.run(second.model, second.inputs))
     assert torch.equal(torch.get_rng_state(), state)
     assert 0.01 < float(output.std()) < 100
-    copied = COLUMNS[title]()
-    assert state_digest(copied.model) == state_digest(first.model)
-    assert copied.model is not COLUMNS[title]().model
+    copied, again = COLUMNS[title]().model, COLUMNS[title]().model
+    assert copied is not again
+    move_off_the_start(first.model)
+    assert state_digest(copied) == state_digest(again) == state_digest(first.model)
+    vectors = [parameter for parameter in copied.parameters() if parameter.ndim == 1]
+    assert all(0 < float(vector.detach().abs().min()) for vector in vectors)
 
 
 def test_there_is_a_network_of_each_kind():
