@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.roles import Family
@@ -35,14 +34,6 @@ class Specimen:
     inputs: Any
     run: Callable[[Any, Any], Tensor]
     engine: int | None = None
-
-    def __post_init__(self) -> None:
-        """Move what a fresh network holds at zero or one; a trained one does not, and a zero can hide a dead part."""
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                if bool((parameter == parameter.flatten()[0]).all()):
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 Build = Callable[[], Specimen]
