@@ -151,7 +151,7 @@ CASES = {
         toy=toy("ConvLoRA"),
         zoo=None,
         per_layer=_conv_lora,
-        familyless=r"ConvLoRA needs the grid .* an architecture without a family",
+        without_family=r"ConvLoRA needs the grid .* an architecture without a family",
         **_BESIDE,
     ),
     "AdapterPlus": Case(toy=toy("AdapterPlus"), zoo=None, per_layer=_adapter_plus, **_BLOCKS),
