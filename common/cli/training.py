@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from common._yaml import Loader
 from common.cli._explain import check_recipe, explain, own_error
 from common.domain import Domain
 from common.errors import GraftError, unknown
-from common.methods import MethodSpec
+from common.methods import METHODS, MethodSpec
 from common.task import AdaptedTask
 
 Precision = Literal["auto", "32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"]
@@ -215,7 +216,43 @@ def _given(argv: Sequence[str], *flags: str) -> list[str]:
     return after + [text.partition("=")[2] for text in argv if text.partition("=")[0] in flags and "=" in text]
 
 
+def _whole_methods(argv: Sequence[str]) -> list[str]:
+    """Write out every setting of a method that `--peft` gives.
+
+    jsonargparse would keep those of the recipe's method that the new one has too, such as `on`, and another method
+    would be measured than the one that was named.
+    """
+    words = list(argv)
+    for place, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag != "--peft" or (not equals and place + 1 == len(words)):
+            continue
+        whole = _whole_method(value if equals else words[place + 1])
+        if equals:
+            words[place] = f"--peft={whole}"
+        else:
+            words[place + 1] = whole
+    return words
+
+
+def _whole_method(text: str) -> str:
+    """Return a method with all its settings as JSON; what is none is returned as it is, for the parser to refuse."""
+    try:
+        given = yaml.load(text, Loader)
+    except yaml.YAMLError:
+        return text
+    given = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(given, dict) or given.keys() - {"class_path", "init_args"}:
+        return text
+    name, settings = str(given.get("class_path", "")).rpartition(".")[2], given.get("init_args") or {}
+    if name not in METHODS or not isinstance(settings, dict):
+        return text
+    defaults = METHODS[name]().describe()["init_args"]
+    return json.dumps({"class_path": given["class_path"], "init_args": defaults | settings})
+
+
 def _parse(verb: str, argv: Sequence[str]) -> RecipeCLI:
+    argv = _whole_methods(argv)
     for path in _given(argv, "--config", "-c"):
         check_recipe(Path(path))
     try:

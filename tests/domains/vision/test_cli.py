@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from common.methods import SSF
 from domains.__main__ import main
 from domains.vision.tasks import ImageClassification
 from tests.domains.vision.conftest import CLASSES, SIZE
@@ -218,6 +219,17 @@ def test_another_configuration_cannot_resume_or_test_a_run(graft, recipe, finish
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
     assert "belongs to another run" in graft.refused("test", "--run", finished, *changes)
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize("given", ["SSF", "{class_path: common.methods.SSF}", '{"class_path": "SSF", "init_args": {}}'])
+def test_a_method_of_the_command_line_takes_nothing_from_the_recipes(graft, recipe, tmp_path, given):
+    """Both have `on`, which the recipe's LoRA narrows down."""
+    run = tmp_path / "run"
+    graft.done("fit", "--config", recipe, "--run", run, "--peft", "LoRA", "--peft.on", "[attention]", f"--peft={given}")
+    assert json.loads((run / "metrics.json").read_text())["method"] == SSF().describe()
+    graft.done("fit", "--config", recipe, "--run", tmp_path / "own", f"--peft={given}", "--peft.on", "[norm]")
+    record = json.loads((tmp_path / "own" / "metrics.json").read_text())
+    assert record["method"]["init_args"]["on"] == ["norm"]
 
 
 def test_another_batch_size_cannot_resume_a_run(graft, recipe, finished):
