@@ -15,12 +15,27 @@ from common.errors import GraftError
 from common.exchange import merged_backbone
 from common.methods import LoRA, VeRA
 from common.roles import NORMS
-from tests.cases import CASES
+from tests.cases import ALIKE, CASES
 from tests.zoo import CONV, FAMILY, ZooTask, volumes, zoo
 
+
+def method(name):
+    """The method of a case."""
+    return type(CASES[name].zoo).__name__
+
+
 SPECS = {name: case.zoo for name, case in CASES.items() if case.zoo is not None}
-CELLS = [(name, dims) for name in SPECS for dims in (2, 3)]
-EACH = pytest.mark.parametrize(("name", "dims"), CELLS, ids=[f"{name}-{dims}d" for name, dims in CELLS])
+# Methods that differ by their formula alone see three dimensions with `--slow`.
+EACH = pytest.mark.parametrize(
+    ("name", "dims"),
+    [
+        pytest.param(
+            name, dims, id=f"{name}-{dims}d", marks=[pytest.mark.slow] if dims == 3 and method(name) in ALIKE else []
+        )
+        for name in SPECS
+        for dims in (2, 3)
+    ],
+)
 SEEDS = (0, 1)
 
 
