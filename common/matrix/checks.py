@@ -55,12 +55,22 @@ def only_intended_move(bench: Bench) -> str:
     own = {n for n, p in trained.attached.model.named_parameters() if p.requires_grad and p.numel()}
     buffers = {name for name, _ in trained.attached.model.named_buffers()}
     moved = {name for name, value in trained.after.items() if not torch.equal(value, trained.before[name])}
+    own -= _of_keys(trained.attached) - moved
     _require(not own - moved, f"{len(own - moved)} of {len(own)} trainable never move: {_some(own - moved)}")
     allowed = own | buffers if trained.attached.plan.mode == "full" else own | _of_tuners(trained.attached)
     _require(not moved - allowed, f"frozen ones move: {_some(moved - allowed)}")
     changed = difference(trained.output, bench.bare)
     _require(not own or changed > 10 * RELOAD_TOLERANCE, f"training changes the output by {changed:.1e} only")
     return ""
+
+
+def _of_keys(attached: Attached) -> set[str]:
+    """Return the adapter parameters at projections of keys alone: what a bias adds to all keys, attention takes out."""
+    keys = (
+        [name for name, shares in attached.roles.shares.items() if shares == ("attention_k",)] if attached.roles else []
+    )
+    names = {name for name, parameter in attached.model.named_parameters() if parameter.requires_grad}
+    return {name for name in names if any(f".{key}." in f".{name}" for key in keys)}
 
 
 def _of_tuners(attached: Attached) -> set[str]:

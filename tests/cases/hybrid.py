@@ -31,7 +31,9 @@ def _nearest(spec, model, targets):
 
 
 CASES = {
-    "MAM": Case(toy=None, zoo=None, mergeable=False),  # the toy's attention is no module of its own: see test_hybrid.py
+    "MAM": Case(
+        toy=None, zoo=None, mergeable=False, starts_elsewhere=True
+    ),  # the toy's attention is no module of its own: see test_hybrid.py
     "Mixture": both("Mixture", per_layer=_norms_and_lora, random_start=True),
     "PerGroup": Case(
         toy=toy("PerGroup"),

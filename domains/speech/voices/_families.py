@@ -12,6 +12,7 @@ _WAVENET = r"wavenet\.(in_layers|res_skip_layers)\.\d+"
 
 VITS = Family(
     name="vits",
+    projections={f"attention_{part}": rf"{_LAYER}\.attention\.{part}_proj" for part in "qkv"},
     block=rf"{_LAYER}|flow\.flows\.\d+|decoder\.resblocks\.\d+",
     parts={
         "text": "text_encoder",
