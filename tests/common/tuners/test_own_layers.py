@@ -120,13 +120,9 @@ def two(kind):
 
 
 def test_all_types_are_own():
-    without_layer = {MixtureConfig}  # see test_mixture.py
-    assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - without_layer
-    assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - {ParallelConfig}  # which needs two layers
-    """Two act on no convolution: a pair of layers is in `test_parallel.py`, linear layers in `test_conv_lora.py`."""
-    assert {type(make()) for make in CONFIGS.values()} == OWN.keys() - {ParallelConfig, ConvLoraConfig}
-    assert all(is_own(config().peft_type) for config in CONFIGS.values())
-    assert {type(make()) for make in CONFIGS.values()} | OF_TOKENS == OWN.keys()
+    """Those that act on no single convolution have modules of their own: mixture, pairs, linear layers, tokens."""
+    elsewhere = {MixtureConfig, ParallelConfig, ConvLoraConfig} | OF_TOKENS
+    assert {type(make()) for make in CONFIGS.values()} | elsewhere == OWN.keys()
     assert all(is_own(config().peft_type) for config in OWN)
     assert not any(is_own(other) for other in (None, "LORA", "BITFIT"))
 
