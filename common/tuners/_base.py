@@ -235,11 +235,16 @@ class OwnTuner(BaseTuner):
         kind = cast("type[OwnLayer]", self.tuner_layer_cls)
         if isinstance(target, kind):
             target.update_layer(adapter_name, peft_config, current_key)
+            self.join(target, adapter_name, peft_config, current_key)
             return
         layer = kind(target, adapter_name, peft_config, current_key)
+        self._replace_module(parent, target_name, layer, target)
+        self.join(layer, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+
+    def join(self, layer: Any, adapter_name: str, config: Any, key: str) -> None:  # noqa: ANN401
+        """Tie a layer with a new adapter to the others, where they share something; nothing by default."""
 
 
 class Like(TypedDict):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
@@ -114,21 +113,8 @@ class CompacterModel(OwnTuner):
     prefix: str = "compacter_"
     tuner_layer_cls = CompacterLayer
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
-        config, layer = peft_config, parent.get_submodule(target_name)
-        if isinstance(config, CompacterConfig) and isinstance(layer, CompacterLayer):
-            layers = (m for m in self.model.modules() if isinstance(m, CompacterLayer))
-            owner = next((other for other in layers if adapter_name in other.compacter_rule), layer)
-            layer.share(adapter_name, config, owner)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
+    def join(self, layer: CompacterLayer, adapter_name: str, config: CompacterConfig, key: str) -> None:
+        """Let the first layer hold the shared factor for all."""
+        layers = (m for m in self.model.modules() if isinstance(m, CompacterLayer))
+        owner = next((other for other in layers if adapter_name in other.compacter_rule), layer)
+        layer.share(adapter_name, config, owner)

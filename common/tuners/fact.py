@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from common.tuners._base import ExchangedLayer, OwnConfig, OwnTuner, by_output, like
@@ -108,23 +107,11 @@ class FactModel(OwnTuner):
     prefix: str = "fact_"
     tuner_layer_cls = FactLayer
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
-        """Wrap a layer; the first one holds the outer factors for all."""
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
-        owners = self.__dict__.setdefault("_owners", {})
-        layer = cast("FactLayer", getattr(parent, target_name))
-        owner = owners.setdefault(adapter_name, layer)
-        layer.share(adapter_name, cast("FactConfig", peft_config), owner)
-        layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
+    def join(self, layer: FactLayer, adapter_name: str, config: FactConfig, key: str) -> None:
+        """Let the first layer hold the outer factors for all."""
+        owner = self.__dict__.setdefault("_owners", {}).setdefault(adapter_name, layer)
+        layer.share(adapter_name, config, owner)
+        layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers."""

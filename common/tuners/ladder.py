@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
 from torch import nn
 from torch.nn import functional
 
@@ -106,20 +105,10 @@ class LadderModel(OwnTuner):
     prefix: str = "ladder_"
     tuner_layer_cls = LadderLayer
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key)
-        config: Any = peft_config
-        layer, below = parent.get_submodule(target_name), config.previous[current_key]
+    def join(self, layer: LadderLayer, adapter_name: str, config: LadderConfig, key: str) -> None:
+        """Let a block's side step read that of the block before it."""
+        below = config.previous[key]
         found = None if below is None else self.model.get_submodule(below)
-        if not isinstance(layer, LadderLayer) or not isinstance(found, LadderLayer | None):
-            raise TypeError(f"'{below}' is no block before '{current_key}'.")
+        if not isinstance(found, LadderLayer | None):
+            raise TypeError(f"'{below}' is no block before '{key}'.")
         layer.connect(adapter_name, found)
