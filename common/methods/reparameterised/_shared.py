@@ -14,7 +14,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeRA(OnLinear):
+class _RandomMatrices(OnLinear):
+    """What VeRA and its probabilistic kin share: settings, checks and the configuration but for its class."""
+
+    taxonomy: ClassVar[str] = "reparameterised"
+    sized_by: ClassVar[str] = "rank"
+
+    rank: int = 256
+    dropout: float = 0.0
+    d_initial: float = 0.1
+    seed: int = 0
+
+    def check(self) -> None:
+        """See the base class."""
+        at_least(1, type(self).__name__, rank=self.rank)
+        in_unit(type(self).__name__, dropout=self.dropout)
+
+    def _settings(self, target: str) -> dict[str, Any]:
+        return {
+            "r": self.rank,
+            "target_modules": target,
+            "d_initial": self.d_initial,
+            "projection_prng_key": self.seed,
+            "save_projection": False,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRA(_RandomMatrices):
     """Vector-based random matrix adaptation (Kopiczko et al. 2023, arXiv 2310.11454).
 
     y = W x + diag(b) B diag(d) A x with frozen random A, B shared by all layers; only the vectors b (length out) and d
@@ -27,38 +54,18 @@ class VeRA(OnLinear):
         seed: Seed of the shared random matrices, which are drawn again on load.
     """
 
-    taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "shared random matrices, trained scaling vectors"
     source: ClassVar[str] = "arXiv 2310.11454"
-    sized_by: ClassVar[str] = "rank"
-
-    rank: int = 256
-    dropout: float = 0.0
-    d_initial: float = 0.1
-    seed: int = 0
-
-    def check(self) -> None:
-        """See the base class."""
-        at_least(1, "VeRA", rank=self.rank)
-        in_unit("VeRA", dropout=self.dropout)
 
     def configure(self, target: str, shapes: Mapping[str, Shape]) -> tuple[PeftConfig, tuple[str, ...]]:
         """See the base class."""
         from peft import VeraConfig
 
-        config = VeraConfig(
-            r=self.rank,
-            target_modules=target,
-            vera_dropout=self.dropout,
-            d_initial=self.d_initial,
-            projection_prng_key=self.seed,
-            save_projection=False,
-        )
-        return config, ()
+        return VeraConfig(vera_dropout=self.dropout, **self._settings(target)), ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class PVeRA(OnLinear):
+class PVeRA(_RandomMatrices):
     """Probabilistic VeRA (Fillioux et al. 2025, arXiv 2512.07703).
 
     As VeRA, with the middle of the product drawn: z = m + e v, m and v the two halves of diag(d) A x (A of shape (2
@@ -73,34 +80,14 @@ class PVeRA(OnLinear):
         seed: Seed of the shared random matrices, which are drawn again on load.
     """
 
-    taxonomy: ClassVar[str] = "reparameterised"
     summary: ClassVar[str] = "VeRA with noise in training"
     source: ClassVar[str] = "arXiv 2512.07703"
-    sized_by: ClassVar[str] = "rank"
-
-    rank: int = 256
-    dropout: float = 0.0
-    d_initial: float = 0.1
-    seed: int = 0
-
-    def check(self) -> None:
-        """See the base class."""
-        at_least(1, "PVeRA", rank=self.rank)
-        in_unit("PVeRA", dropout=self.dropout)
 
     def configure(self, target: str, shapes: Mapping[str, Shape]) -> tuple[PeftConfig, tuple[str, ...]]:
         """See the base class."""
         from peft import PveraConfig
 
-        config = PveraConfig(
-            r=self.rank,
-            target_modules=target,
-            pvera_dropout=self.dropout,
-            d_initial=self.d_initial,
-            projection_prng_key=self.seed,
-            save_projection=False,
-        )
-        return config, ()
+        return PveraConfig(pvera_dropout=self.dropout, **self._settings(target)), ()
 
 
 @dataclass(frozen=True, kw_only=True)
