@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from common import __version__
 from common.domain import Domain
 from common.errors import GraftError
-from common.exchange import CERTIFICATE, GRAFT, HEAD, MODEL, load, merged_backbone, new_folder, write_json
+from common.exchange import CERTIFICATE, GRAFT, HEAD, MODEL, fresh, load, merged_backbone, new_folder, write_json
 from common.methods import FullFineTune, LinearProbe
 
 if TYPE_CHECKING:
-    from common.task import AdaptedTask
+    pass
 
 How = Literal["linear", "ties", "dare"]
 Change = Mapping[str, Tensor]  # a backbone's parameter to what an adapter adds to it
@@ -76,7 +76,7 @@ def combine(folders: Sequence[Path], out: Path, domains: Mapping[str, Domain], r
     rule.check(len(folders))
     first = load(folders[0], domains)
     record = json.loads((folders[0] / GRAFT).read_text())
-    bare = _bare(first)
+    bare = fresh(first, LinearProbe()).backbone
     changes = []
     for folder in folders:
         task = load(folder, domains)
@@ -158,14 +158,6 @@ def _dropped(change: Change, density: float, generator: torch.Generator) -> dict
         name: tensor * (torch.rand(tensor.shape, generator=generator) < density) / density
         for name, tensor in sorted(change.items())
     }
-
-
-def _bare(task: AdaptedTask) -> nn.Module:
-    """Build the task's backbone as it came."""
-    fresh = type(task)(**task.settings, peft=LinearProbe(), optim=task.optim, seed=task.seed)
-    fresh.load_facts(task.describe_facts())
-    fresh.assemble()
-    return fresh.backbone
 
 
 def _change(merged: nn.Module, bare: nn.Module) -> dict[str, Tensor]:

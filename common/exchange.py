@@ -143,7 +143,7 @@ def export(run: Path, out: Path, record: Mapping[str, Any], domains: Mapping[str
     """
     task = restore(run, record, domains)
     with new_folder(out) as folder:
-        write_adapter(task.attached, folder, lambda: _fresh(task).backbone)
+        write_adapter(task.attached, folder, lambda: fresh(task).backbone)
         save_file(_plain(task.head.state_dict()), folder / HEAD)
         identity = {
             k: record[k] for k in ("domain", "task", "settings", "facts", "method", "optim", "seed", "base_digest")
@@ -182,12 +182,12 @@ def write_adapter(attached: Attached, folder: Path, start: Callable[[], nn.Modul
         save_file(_plain(model.state_dict()), folder / MODEL)
 
 
-def _fresh(task: AdaptedTask) -> AdaptedTask:
-    """Build the task again as it was before training."""
-    fresh = type(task)(**task.settings, peft=task.peft, optim=task.optim, seed=task.seed)
-    fresh.load_facts(task.describe_facts())
-    fresh.assemble()
-    return fresh
+def fresh(task: AdaptedTask, peft: MethodSpec | None = None) -> AdaptedTask:
+    """Build the task again as it was before training, with its own method or another one."""
+    built = type(task)(**task.settings, peft=peft or task.peft, optim=task.optim, seed=task.seed)
+    built.load_facts(task.describe_facts())
+    built.assemble()
+    return built
 
 
 def _certify(task: AdaptedTask, folder: Path, domains: Mapping[str, Domain]) -> dict[str, Any]:

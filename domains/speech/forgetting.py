@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from common.errors import GraftError
+from common.exchange import fresh
 from common.methods import LinearProbe
 from domains.speech._recognition import Recognition
 from domains.speech.data._records import SpeechBatch
@@ -53,7 +54,7 @@ def forgetting(task: Recognition, data: SpeechData) -> Forgetting:
     data.prepare_data()
     data.setup()
     after = error_rates(task, data)
-    bare = _bare(task)
+    bare = cast("Recognition", fresh(task, LinearProbe())).to(task.device).eval()
     before = error_rates(bare, data)
     if not isinstance(task.backbone, PeftModel):
         return Forgetting(before=before, after=after, restored=None)
@@ -92,11 +93,3 @@ def _hearing(task: Recognition, data: Any) -> Generator[None]:  # noqa: ANN401
         yield
     finally:
         task.facts, task.settings = facts, settings
-
-
-def _bare(task: Recognition) -> Recognition:
-    """Build the task anew with its backbone as it came."""
-    fresh = type(task)(**task.settings, peft=LinearProbe(), optim=task.optim, seed=task.seed)
-    fresh.load_facts(task.describe_facts())
-    fresh.assemble()
-    return fresh.to(task.device).eval()
