@@ -27,7 +27,7 @@ install: $(READY)
 # error says which file to get and how to hand it over.
 artifacts: $(READY)
 	$(BIN)/graft fetch vit-small-patch14-focus efficientnet-lite0
-	$(BIN)/graft fetch esm2-graft unirep-256 modlamp whisper-tiny-en
+	$(BIN)/graft fetch esm2-graft unirep-256 modlamp whisper-tiny-en piper-joe-medium resemblyzer-ge2e
 	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases uniprot-sample pocketsphinx-testdata asterisk-sounds-en
 
 demo: artifacts
