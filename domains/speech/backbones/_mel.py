@@ -44,6 +44,7 @@ def log_mel(audio: Tensor, frames: int, bands: int, context: int) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # a validation may be the first to ask, and training goes through it backwards
 def _filters(bands: int) -> Tensor:
     """Return Slaney's mel filters (bands, WINDOW // 2 + 1)."""
     from transformers.audio_utils import mel_filter_bank

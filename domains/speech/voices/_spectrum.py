@@ -64,12 +64,15 @@ def stft_distance(one: Tensor, two: Tensor, resolutions: Sequence[tuple[int, int
     return 2 * torch.stack(parts).mean()
 
 
+# A validation may be the first to ask for these, and training goes through them backwards.
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _window(width: int, device: torch.device) -> Tensor:
     return torch.hann_window(width, device=device)
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _mel_filters(bins: int, bands: int, rate: int, device: torch.device) -> Tensor:
     from torchaudio.functional import melscale_fbanks
 
