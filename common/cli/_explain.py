@@ -97,7 +97,8 @@ def _class(message: str, keys: Sequence[str]) -> GraftError | None:
     offers = {"peft": list(METHODS), "model": _names(AdaptedTask), "data": _names(L.LightningDataModule)}
     error = str(unknown(_SECTIONS[keys[0]], wrong.group(1), offers[keys[0]]))
     if len(offers[keys[0]]) > _MANY and "Did you mean" in error:
-        error = f"{error.split(' Allowed:')[0]} `graft fit --help` lists all."
+        where = "graft list methods" if keys[0] == "peft" else "graft fit --help"
+        error = f"{error.split(' Allowed:')[0]} `{where}` lists all."
     return GraftError(error)
 
 

@@ -14,6 +14,8 @@ from tests.cases._case import Case
 _FAMILIES = (selective, additive, reparameterised, prompts, hybrid)
 CASES: dict[str, Case] = {name: case for family in _FAMILIES for name, case in family.CASES.items()}
 
+# Methods that act on the toy with some settings.
+ON_TOY = [name for name in METHODS if CASES[name].toy is not None]
 # Methods of linear layers alone: a network of convolutions refuses them.
 LINEAR_ONLY = tuple(name for name, spec in METHODS.items() if getattr(spec, "acts_on", ()) == ("Linear",))
 # Methods that differ from LoRA by their formula and act on the same layers.
@@ -30,4 +32,4 @@ def on_networks(networks, first, methods=METHODS):
     return [cell(key, method) for key in networks for method in methods]
 
 
-__all__ = ["ALIKE", "CASES", "LINEAR_ONLY", "Case", "on_networks"]
+__all__ = ["ALIKE", "CASES", "LINEAR_ONLY", "ON_TOY", "Case", "on_networks"]

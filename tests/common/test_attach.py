@@ -10,8 +10,8 @@ from torch import nn
 
 from common.attach import attach, probe, state_digest, tuner_layers
 from common.errors import GraftError
-from common.methods import METHODS, BitFit, FullFineTune, LinearProbe, LoRA, NormTuning
-from tests.cases import CASES
+from common.methods import BitFit, FullFineTune, LinearProbe, LoRA, NormTuning
+from tests.cases import ON_TOY
 from tests.toy import FAMILY, spec_of, toy_backbone
 
 
@@ -34,7 +34,7 @@ def same(first, second):
 # ---- modes -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if CASES[name].toy is not None])
+@pytest.mark.parametrize("name", ON_TOY)
 def test_the_statistics_of_norms_move_in_full_fine_tuning_alone(name):
     attached = on_toy(spec_of(name))
     before = statistics(attached.model)
@@ -44,7 +44,7 @@ def test_the_statistics_of_norms_move_in_full_fine_tuning_alone(name):
     assert same(before, statistics(attached.model)) == (name != "FullFineTune")
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if CASES[name].toy is not None])
+@pytest.mark.parametrize("name", ON_TOY)
 def test_dropout_is_on_while_training_but_not_in_a_frozen_backbone(name):
     attached = on_toy(spec_of(name))
     attached.train(True)
@@ -94,7 +94,7 @@ def test_features_of_a_frozen_backbone_need_no_graph():
 # ---- what attaching does -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if CASES[name].toy is not None])
+@pytest.mark.parametrize("name", ON_TOY)
 def test_nothing_is_trainable_but_by_the_methods_will(name):
     """A backbone may arrive frozen in part, or not at all."""
     counts = set()
@@ -113,7 +113,7 @@ def test_plain_peft_will_know_the_base_by_name(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "a/b"
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if CASES[name].toy is not None])
+@pytest.mark.parametrize("name", ON_TOY)
 def test_the_digest_is_of_the_bare_backbone(name):
     assert on_toy(spec_of(name)).base_digest == state_digest(toy_backbone())
 

@@ -20,10 +20,10 @@ from common.checkpoint import (
     write_atomically,
 )
 from common.errors import GraftError
-from common.methods import METHODS
 from common.run import fit
 from common.task import OptimSpec as Spec
 from common.tuners._base import Kept
+from tests.cases import ON_TOY
 from tests.toy import Facts, ToyData, ToyTask, spec_of, toy_backbone
 
 STATISTICS = {"input_norm.running_mean", "input_norm.running_var", "input_norm.num_batches_tracked"}
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_TOY)
 def test_the_expected_state_is_what_training_changes(method):
     task = ToyTask(spec_of(method))
     task.facts = Facts()

@@ -19,20 +19,19 @@ from common.checkpoint import LAST
 from common.domain import Domain
 from common.errors import GraftError
 from common.exchange import ADAPTER, GRAFT, HEAD, MODEL, adapter_bytes, export, load, merge
-from common.methods import METHODS
 from common.run import fit, read_record
 from common.run import test as evaluate
-from tests.cases import CASES
+from tests.cases import CASES, ON_TOY
 from tests.toy import DOMAINS, Batch, Facts, ToyData, ToyTask, spec_of, toy_backbone
 
-SPECS = {name: CASES[name].toy for name in METHODS if CASES[name].toy is not None} | {
+SPECS = {name: CASES[name].toy for name in ON_TOY} | {
     "LoRA-dora": spec_of("LoRA", dora=True),
     "LoRA-pissa": spec_of("LoRA", init="pissa", rslora=True),
     "LoRA-olora": spec_of("LoRA", init="olora", dropout=0.1),
 }
 EACH = pytest.mark.parametrize("name", SPECS)
 WITHOUT_ADAPTER = {"FullFineTune", "LinearProbe"}
-NOT_MERGEABLE = [name for name in METHODS if not CASES[name].mergeable]
+NOT_MERGEABLE = [name for name in ON_TOY if not CASES[name].mergeable]
 
 
 @pytest.fixture(scope="module")

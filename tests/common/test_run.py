@@ -17,8 +17,8 @@ import torch
 from common import run as runs
 from common.checkpoint import LAST, read_checkpoint
 from common.errors import GraftError
-from common.methods import METHODS
 from common.run import METRICS, build_trainer, fast_precision, fit, make_folder, read_record, validate
+from tests.cases import ON_TOY
 from tests.toy import ToyData, ToyTask, spec_of
 
 ROOT = Path(__file__).parents[2]
@@ -350,7 +350,7 @@ def test_an_interrupted_run_is_interrupted(tmp_path):
 # ---- precision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_TOY)
 def test_every_method_runs_in_mixed_precision(tmp_path, method):
     task = ToyTask(spec_of(method))
     record = fit(task, ToyData(), tmp_path / "run", max_epochs=1, precision="bf16-mixed", limit_train_batches=3)

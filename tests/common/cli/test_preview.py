@@ -102,7 +102,7 @@ def test_the_sentence_says_what_is_saved():
 def test_a_refused_comparison_is_told_and_a_refused_method_is_an_error(call):
     code, _, err = call("preview", "RECIPE", "--peft", "ConvAdapter")
     assert code == 2
-    assert "ConvAdapter cannot act on 'blocks.0.qkv' (Linear, role attention_qkv)" in err
+    assert "Role 'conv' matches no module of this toy backbone" in err
     code, _, err = call("preview")
     assert (code, err) == (2, "graft: Say which recipe: graft preview RECIPE. `graft list recipes` names them.\n")
     assert call("preview", "--help")[:1] == (0,)

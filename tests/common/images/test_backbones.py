@@ -17,6 +17,7 @@ from common.attach import attach, probe
 from common.errors import GraftError
 from common.images.backbones import FAMILIES, build, last_norm, read_weights, takes_size, tokens
 from common.images.starters import STARTERS
+from common.matrix.settings import TINY
 from common.methods import METHODS, LoRA
 from common.roles import resolve
 from tests.cases import CASES, LINEAR_ONLY, on_networks
@@ -122,7 +123,7 @@ def test_all_never_takes_stem_head_or_norms(key):
 # ---- methods
 
 SPECS = {
-    **{name: method() for name, method in METHODS.items()},
+    **{name: method(**TINY.get(name, {})) for name, method in METHODS.items()},
     "LoRA": METHODS["LoRA"](rank=2),
     "VeRA": METHODS["VeRA"](rank=4),
     "InvertibleAdapter": METHODS["InvertibleAdapter"](on=["stem"]),
@@ -164,6 +165,7 @@ REFUSED |= {
     for key, reason in NO_TOKENS.items()
     if method.taxonomy == "prompts"
 }
+REFUSED |= {("MAM", key): reason for (method, key), reason in REFUSED.items() if method == "PrefixTuning"}  # its part
 REFUSED |= {
     (method, key): f"{method} acts on the hidden states that blocks hand on, .* none of this"
     for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")

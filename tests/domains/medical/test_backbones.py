@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from common.attach import attach, probe
 from common.errors import GraftError
+from common.matrix.settings import TINY
 from common.methods import METHODS, LoRA
 from common.roles import resolve
 from domains.medical.backbones import build, features
@@ -195,6 +196,7 @@ REFUSED |= {
     if method.taxonomy == "prompts"
 }
 REFUSED["PrefixTuning", "unetr"] = "PrefixTuning cannot act on this unetr backbone: its attention is computed by hand"
+REFUSED |= {("MAM", key): reason for (method, key), reason in REFUSED.items() if method == "PrefixTuning"}  # its part
 REFUSED["LST", "swin"] = "LST needs blocks of one width, and this backbone's have 12, 24, 48, 96 channels"
 REFUSED["BEFT", "unetr"] = r"BEFT trains biases, and 'vit\.blocks\.0\.attn\.qkv' has none"
 
@@ -202,7 +204,7 @@ REFUSED["BEFT", "unetr"] = r"BEFT trains biases, and 'vit\.blocks\.0\.attn\.qkv'
 def spec_of(method, key):
     """A method at toy size."""
     on = {"on": ON[method, key]} if (method, key) in ON else {}
-    small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
+    small = {name: value for name, value in (SMALL | TINY).get(method, {}).items() if name != "target_modules"}
     return METHODS[method](**(small | on))
 
 

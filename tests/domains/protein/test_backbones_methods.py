@@ -12,6 +12,7 @@ from transformers import EsmModel, T5Config, T5EncoderModel
 
 from common.attach import attach, probe, tuner_layers
 from common.errors import GraftError
+from common.matrix.settings import TINY
 from common.methods import METHODS, LoRA, NormTuning
 from common.roles import resolve
 from domains.protein.backbones import build, residue_features
@@ -85,7 +86,7 @@ def test_a_bert_has_the_roles_of_an_esm():
 # A method whose default roles a network has not is asked for the ones that it has; what remains is refused.
 ON = {("SSF", "unirep"): ["all"], **{("InvertibleAdapter", key): ["embed"] for key in NETWORKS}}
 REFUSED = {
-    ("NormTuning", "unirep"): "NormTuning finds no norm",
+    **{(method, "unirep"): "NormTuning finds no norm" for method in ("NormTuning", "Mixture", "PerGroup")},
     ("BOFT", "unirep"): "needs inputs that 4 divides, and 'layers.0.wx' has 10",
     ("BEFT", "unirep"): "Role 'attention_qkv' matches no module of this unirep",
     **{("ConvAdapter", key): "Role 'conv' matches no module" for key in NETWORKS},
@@ -115,12 +116,13 @@ REFUSED = {
         for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")
     },
 }
+REFUSED |= {("MAM", key): reason for (method, key), reason in REFUSED.items() if method == "PrefixTuning"}  # its part
 
 
 def spec_of(method, key):
     """A method at toy size."""
     on = {"on": ON[method, key]} if (method, key) in ON else {}
-    small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
+    small = {name: value for name, value in (SMALL | TINY).get(method, {}).items() if name != "target_modules"}
     return METHODS[method](**(small | on))
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from common.attach import attach, probe, tuner_layers
 from common.errors import GraftError
+from common.matrix.settings import TINY
 from common.methods import METHODS, LoRA
 from common.roles import resolve
 from domains.speech.backbones import build, decode, encode
@@ -118,7 +119,7 @@ REFUSED = {
 
 def spec_of(method, key):
     """A method at toy size."""
-    small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
+    small = {name: value for name, value in (SMALL | TINY).get(method, {}).items() if name != "target_modules"}
     on = {"on": ON[method, key]} if (method, key) in ON else {}
     return METHODS[method](**(small | on))
 

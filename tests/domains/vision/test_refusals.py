@@ -20,7 +20,7 @@ from tests.domains.vision.conftest import write_recipe
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--peft Lora", "Unknown method 'Lora'. Did you mean 'LoRA'? Allowed: "),
+        ("--peft Lora", "Unknown method 'Lora'. Did you mean 'LoRA'? `graft list methods` lists all."),
         ("--peft.rnk 4", "'rnk' is no setting of LoRA. Did you mean 'rank'? Allowed: "),
         ("--peft LoRA --peft.rnk 4", "'rnk' is no setting of LoRA. Did you mean 'rank'? Allowed: "),
         ("--peft.rank x", "peft.rank is 'x', but it takes a whole number. "),
