@@ -50,15 +50,12 @@ WHISPER = _whisper("whisper", r"model\.encoder\.", r"model\.decoder\.")
 WHISPER_ENCODER = _whisper("whisper-encoder", "", None)
 
 
-def _wave(name: str, projection: str, layer: str, attention: str | None, *, fixed: str = "") -> Family:
+def _wave(name: str, projection: str, layer: str, attention: str = r"\.attention", *, fixed: str = "") -> Family:
     """Lay out a network that reads the waveform: convolutions, a projection, a positional convolution, blocks.
 
     The positional convolution is weight-normalised, its weight computed of two parameters: it has no role.
+    `attention` is where in a block the projections stand.
     """
-    heads = {
-        "attention_qkv": (Pattern(rf"{layer}\.attention\.{_BOTH}", LINEAR),),
-        "attention_out": (Pattern(rf"{layer}\.attention\.out_proj", LINEAR),),
-    }
     convolutions = r"feature_extractor\.conv_layers"
     return Family(
         name=name,
@@ -67,7 +64,8 @@ def _wave(name: str, projection: str, layer: str, attention: str | None, *, fixe
         roles={
             "stem": (Pattern(rf"{convolutions}\.0\.conv", CONV), Pattern(projection, LINEAR)),
             "conv": (Pattern(rf"{convolutions}\.[1-9]\d*\.conv", CONV),),
-            **(heads if attention else {}),
+            "attention_qkv": (Pattern(rf"{layer}{attention}\.{_BOTH}", LINEAR),),
+            "attention_out": (Pattern(rf"{layer}{attention}\.out_proj", LINEAR),),
             "ffn_in": (Pattern(rf"{layer}\.feed_forward\.intermediate_dense", LINEAR),),
             "ffn_out": (Pattern(rf"{layer}\.feed_forward\.output_dense", LINEAR),),
             "norm": (Pattern(r".*", NORMS),),
@@ -75,21 +73,20 @@ def _wave(name: str, projection: str, layer: str, attention: str | None, *, fixe
         },
         tokens=TokenStream(
             blocks=layer,
-            attention=Pattern(rf"{layer}\.attention", (nn.Module,)) if attention else None,
+            attention=Pattern(rf"{layer}\.attention", (nn.Module,)),
             mask=("attention_mask", 0),
             fixed=fixed,
         ),
-        projections=_projections(rf"{layer}\.attention"),
+        projections=_projections(rf"{layer}{attention}"),
     )
 
 
 _BIASED = "it scores features by their distance, which a prompt has not"
-_HF = (r"feature_projection\.projection", r"encoder\.layers\.\d+", "attention")
+_HF = (r"feature_projection\.projection", r"encoder\.layers\.\d+")
 WAV2VEC2 = _wave("wav2vec2", *_HF)
 HUBERT = _wave("hubert", *_HF)
 WAVLM = _wave("wavlm", *_HF, fixed=_BIASED)
 
 _TORCHAUDIO = (r"encoder\.feature_projection\.projection", r"encoder\.transformer\.layers\.\d+")
-TORCHAUDIO = _wave("torchaudio", *_TORCHAUDIO, "attention")
-# torchaudio's WavLM computes queries, keys and values of one bare weight, past any adapter: its attention has no role.
-TORCHAUDIO_WAVLM = _wave("torchaudio-wavlm", *_TORCHAUDIO, None, fixed=_BIASED)
+TORCHAUDIO = _wave("torchaudio", *_TORCHAUDIO)
+TORCHAUDIO_WAVLM = _wave("torchaudio-wavlm", *_TORCHAUDIO, r"\.attention\.attention", fixed=_BIASED)

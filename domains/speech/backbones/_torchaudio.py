@@ -13,6 +13,7 @@ from domains.speech.backbones._backbone import SpeechBackbone
 from domains.speech.backbones._families import TORCHAUDIO, TORCHAUDIO_WAVLM
 from domains.speech.backbones._tokens import CharacterTokens
 from domains.speech.backbones._waves import WaveFront
+from domains.speech.backbones._wavlm import open_torchaudio
 
 PREFIX = "torchaudio:"
 _BLANK, _BOUNDARY = "-", "|"
@@ -53,6 +54,8 @@ def load_bundle(name: str, *, pretrained: bool, weights: str | None) -> SpeechBa
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise GraftError(f"The weights do not fit '{name}' ({reason}). Give those of this bundle.") from error
+    if bundle._model_type == "WavLM":
+        open_torchaudio(model)
     output, model.aux = model.aux, None
     model.encoder.transformer.layer_drop = -1.0  # torchaudio skips a block where a number in [0, 1) is not above it
     extractor = model.feature_extractor.conv_layers

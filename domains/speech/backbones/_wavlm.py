@@ -1,6 +1,6 @@
 """WavLM's attention with its projections called as modules.
 
-transformers' hands the bare weights of the projections to torch's fused function, past any adapter on them.
+transformers' and torchaudio's compute with the bare weights of the projections, past any adapter on them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torchaudio.models.wav2vec2.wavlm_attention import WavLMSelfAttention
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
+
+from common.attention import open_attention
 
 
 class CalledAttention(WavLMAttention):
@@ -41,6 +44,51 @@ class CalledAttention(WavLMAttention):
         dropout = self.dropout if self.training else 0.0
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, frames, self.embed_dim)), None
+
+
+class OpenSelfAttention(WavLMSelfAttention):
+    """torchaudio's `WavLMSelfAttention` of the same result, around an `OpenAttention`."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from all features to all.
+
+        Args:
+            query: (B, F, C).
+            key_padding_mask: None, as nothing in torchaudio's WavLM gives one.
+            attention_mask: None.
+            position_bias: (B * heads or B, heads, F, F) of the first block, or None there.
+
+        Returns:
+            (B, F, C), and the position bias for the next block.
+        """
+        batch, frames, _ = query.shape
+        if self.rel_attn_embed is not None and position_bias is None:
+            position_bias = self.compute_bias(frames, frames).expand(batch, -1, -1, -1)
+        scores = None
+        if position_bias is not None:
+            scores = position_bias.reshape(batch, self.num_heads, frames, frames)
+            if self.gru_rel_pos:
+                heads = query.view(batch, frames, self.num_heads, self.head_dim).transpose(1, 2)
+                gates = self.gru_rel_pos_linear(heads).view(batch, self.num_heads, frames, 2, 4).sum(-1).sigmoid()
+                update, reset = gates.split(1, dim=-1)  # (B, heads, F, 1)
+                scores = (update * (reset * self.gru_rel_pos_const - 1.0) + 2.0) * scores
+            scores = scores.flatten(0, 1)
+        mixed, _ = self.attention(query, query, query, need_weights=False, attn_mask=scores)
+        return mixed, position_bias
+
+
+def open_torchaudio(model: nn.Module) -> None:
+    """Exchange the attention of every block of torchaudio's WavLM; its weights must be loaded before."""
+    open_attention(model)
+    for module in model.modules():
+        if type(module) is WavLMSelfAttention:
+            module.__class__ = OpenSelfAttention
 
 
 def call_projections(model: nn.Module) -> None:
