@@ -24,23 +24,33 @@ class SegmentationHead(nn.Module):
         class_names: Names of the classes, in the order of their labels.
         init: `auto` starts from the checkpoint's own output layer where that tells apart the same classes in the same
             order, else from random weights; `fresh` always from random weights.
+        deep: How many coarser outputs of the decoder get an output layer of their own, for deep supervision.
 
     Attributes:
         from_checkpoint: Whether it started from the checkpoint's own output layer.
+        deep: The coarser outputs' layers, 1x1 convolutions, fine to coarse.
     """
 
-    def __init__(self, backbone: MedicalBackbone, class_names: Sequence[str], init: HeadInit = "auto") -> None:
+    def __init__(
+        self, backbone: MedicalBackbone, class_names: Sequence[str], init: HeadInit = "auto", deep: int = 0
+    ) -> None:
         super().__init__()
         if init not in ("auto", "fresh"):
             raise unknown("head_init", init, ("auto", "fresh"))
         self.output = copy.deepcopy(backbone.output)
         self.from_checkpoint = init == "auto" and bool(class_names) and backbone.head_classes == tuple(class_names)
-        if not self.from_checkpoint:
+        if self.from_checkpoint:
+            self._load(backbone)
+        else:
             for module in self.output.modules():
                 reset: Any = getattr(module, "reset_parameters", None)
                 if reset is not None:
                     reset()
-            return
+        convolution = nn.Conv2d if backbone.spatial_dims == 2 else nn.Conv3d
+        widths = [width for _, width in backbone.decoder[:deep]]
+        self.deep = nn.ModuleList(convolution(width, len(class_names), kernel_size=1) for width in widths)
+
+    def _load(self, backbone: MedicalBackbone) -> None:
         own, given = self.output.state_dict(), backbone.head_weights
         wrong = sorted(set(own) ^ set(given)) or [name for name in own if own[name].shape != given[name].shape]
         if wrong:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -18,7 +20,7 @@ from common.attach import Attached
 from common.checkpoint import write_atomically
 from common.class_weights import ClassWeights
 from common.errors import GraftError
-from common.methods import MethodSpec
+from common.methods import LinearProbe, MethodSpec
 from common.task import Backbone, OptimSpec
 from domains.medical._labelmaps import dice_keys, largest_components, plain_names, write_nifti
 from domains.medical._task import MedicalTask
@@ -62,6 +64,10 @@ class Segmentation(MedicalTask):
         overlap: Share of the window that neighbouring windows have in common.
         largest_component: In evaluation keep only the largest connected part (over faces) of each class.
         decoder_width: Channels of the decoder of a ViT's tokens.
+        deep_supervision: How many coarser outputs of the network's decoder are trained too (Lee et al. 2015, arXiv
+            1409.5185), each through a 1x1 convolution and enlarged to the image, since labels of a few slices cannot
+            be made coarser. The loss of the i-th counts 2^-i of the image's own, all weights scaled to sum to one.
+            Evaluation reads the image's own output alone.
         cache_features: Keep what a frozen backbone makes of each image on disk, for later epochs and runs; with
             LinearProbe, without augmentation and on whole images.
         seed: Seed of head, adapter and training steps.
@@ -87,12 +93,16 @@ class Segmentation(MedicalTask):
         overlap: float = 0.5,
         largest_component: bool = False,
         decoder_width: int = 128,
+        deep_supervision: int = 0,
         cache_features: bool = False,
         seed: int = 0,
         gradient_checkpointing: bool = False,
     ) -> None:
         problems = [] if 0 <= overlap < 1 else [f"overlap is {overlap} (a share in [0, 1))"]
         problems += [] if decoder_width >= 1 else [f"decoder_width is {decoder_width} (at least 1)"]
+        problems += [] if deep_supervision >= 0 else [f"deep_supervision is {deep_supervision} (at least 0)"]
+        if deep_supervision and isinstance(peft, LinearProbe):
+            problems.append("deep_supervision with LinearProbe, which trains nothing behind the coarser outputs")
         if loss == "tversky" and class_weights != "none":
             problems.append(
                 "class_weights with loss 'tversky', which has no voxelwise term (set class_weights to none)"
@@ -110,6 +120,7 @@ class Segmentation(MedicalTask):
             "overlap": overlap,
             "largest_component": largest_component,
             "decoder_width": decoder_width,
+            "deep_supervision": deep_supervision,
             "cache_features": cache_features,
         }
         super().__init__(
@@ -125,9 +136,14 @@ class Segmentation(MedicalTask):
 
     def build_head(self) -> nn.Module:
         """Build the output layer, or the decoder of tokens."""
-        names = self.facts.class_names
+        names, deep = self.facts.class_names, self.settings["deep_supervision"]
+        if deep > len(self._built.decoder):
+            raise GraftError(
+                f"deep_supervision is {deep}, and '{self._built.name}' has {len(self._built.decoder)} coarser outputs "
+                "on its way up. Set it to that or less."
+            )
         if self._built.dense:
-            return SegmentationHead(self._built, names, init=self.settings["head_init"])
+            return SegmentationHead(self._built, names, init=self.settings["head_init"], deep=deep)
         return TokenDecoder(self._built.width, len(names), self._built.divisor, hidden=self.settings["decoder_width"])
 
     def build_loss(self) -> nn.Module:
@@ -163,7 +179,8 @@ class Segmentation(MedicalTask):
     def _head_arguments(self) -> str:
         names = self.facts.class_names
         if self._built.dense:
-            return f"built, {names!r}, init='fresh'"
+            deep = self.settings["deep_supervision"]
+            return f"built, {names!r}, init='fresh'" + (f", deep={deep}" if deep else "")
         return f"{self._built.width}, {len(names)}, {self._built.divisor}, hidden={self.settings['decoder_width']}"
 
     # ---- steps
@@ -172,6 +189,22 @@ class Segmentation(MedicalTask):
         """Return logits (B, K, *spatial) for images (B, C, *spatial), all in one piece."""
         logits = super().forward(batch)
         return logits[(..., *(slice(side) for side in batch.image.shape[2:]))]
+
+    def compute_loss(self, batch: VolumeBatch) -> Tensor:
+        """Return the loss of a batch, of the coarser outputs too where these are supervised."""
+        if not self.settings["deep_supervision"]:
+            return super().compute_loss(batch)
+        layers = cast(SegmentationHead, self.head).deep
+        names = [name for name, _ in self._built.decoder[: len(layers)]]
+        with _outputs_of(self._built.model, names) as coarse:
+            losses = [super().compute_loss(batch)]
+        padded, sides = self._padded(batch).shape[2:], batch.image.shape[2:]
+        mode = "bilinear" if len(sides) == 2 else "trilinear"
+        for name, layer in zip(names, layers, strict=True):
+            logits = interpolate(layer(coarse[name]), size=padded, mode=mode, align_corners=False)
+            losses.append(self.loss(logits[(..., *(slice(side) for side in sides))], self.targets(batch)))
+        weights = [2.0**-level for level in range(len(losses))]
+        return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
     def infer(self, batch: VolumeBatch) -> Tensor:
         """Return logits (B, K, *spatial) for whole cases, window by window."""
@@ -247,6 +280,23 @@ class Segmentation(MedicalTask):
             **{key: None if s.isnan() else round(float(s), 6) for key, s in zip(keys, scores, strict=True)},
             "absent": [self.facts.class_names[number] for number in range(1, len(overlaps)) if not overlaps[number, 2]],
         }
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect what these modules put out while the model runs."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class VolumeClassification(MedicalTask):

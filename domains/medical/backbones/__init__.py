@@ -38,6 +38,8 @@ class MedicalBackbone(Backbone):
             features are a grid coarser by `divisor`.
         input_size: The only input size (voxels along each axis) that it takes; None where any multiple will do.
         prefix_tokens: Class and register tokens of a token backbone, which its features leave out.
+        decoder: Modules of a network on the way up whose outputs are coarser than the image, fine to coarse, and their
+            channels.
     """
 
     spatial_dims: int
@@ -49,6 +51,7 @@ class MedicalBackbone(Backbone):
     dense: bool = True
     input_size: tuple[int, ...] | None = None
     prefix_tokens: int = 0
+    decoder: tuple[tuple[str, int], ...] = ()
 
 
 def build(
@@ -106,6 +109,7 @@ def build(
         head_weights=head,
         head_classes=names if head else (),
         input_size=built.input_size,
+        decoder=built.decoder,
     )
 
 

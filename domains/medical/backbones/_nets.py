@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Net:
         defaults: Constructor arguments where the user gives none.
         forced: Arguments that have one possible value here, for the output layer to be the head.
         output: Name of the output layer.
+        decoder: From the arguments, the modules on the way up whose outputs are coarser than the image, fine to coarse.
         factors: From the arguments and the number of axes, by how much the innermost map is coarser along each axis.
         family: From the arguments, the roles of its modules.
         sized: Whether it is built for one input size.
@@ -37,6 +38,7 @@ class Net:
     defaults: Mapping[str, Any]
     forced: Mapping[str, Any] = field(default_factory=dict)
     output: str
+    decoder: Callable[[Mapping[str, Any]], tuple[str, ...]]
     factors: Callable[[Mapping[str, Any], int], tuple[int, ...]]
     family: Callable[[Mapping[str, Any]], Family]
     sized: bool = False
@@ -59,6 +61,7 @@ NETS: Mapping[str, Net] = {
             "norm": _AFFINE,
         },
         output="model.2",
+        decoder=lambda args: tuple(f"model{'.1.submodule' * level}.2" for level in range(1, len(args["channels"]) - 1)),
         factors=lambda args, axes: _along(args["strides"][: len(args["channels"]) - 1], axes),
         family=lambda args: _families.unet(len(args["channels"])),
     ),
@@ -66,12 +69,14 @@ NETS: Mapping[str, Net] = {
         defaults={"init_filters": 16, "blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)},
         forced={"use_conv_final": True},
         output="conv_final",
+        decoder=lambda args: tuple(f"up_layers.{number}" for number in reversed(range(len(args["blocks_up"]) - 1))),
         factors=lambda args, axes: (2 ** (len(args["blocks_down"]) - 1),) * axes,
         family=lambda args: _families.SEGRESNET,
     ),
     "UNETR": Net(
         defaults={"feature_size": 16, "hidden_size": 192, "mlp_dim": 768, "num_heads": 3, "norm_name": _AFFINE},
         output="out",
+        decoder=lambda args: ("decoder3", "decoder4", "decoder5"),
         factors=lambda args, axes: (16,) * axes,
         family=lambda args: _families.UNETR,
         sized=True,
@@ -80,6 +85,7 @@ NETS: Mapping[str, Net] = {
     "SwinUNETR": Net(
         defaults={"feature_size": 24, "patch_size": 2, "norm_name": _AFFINE},
         output="out",
+        decoder=lambda args: ("decoder2", "decoder3", "decoder4", "decoder5"),
         factors=lambda args, axes: (args["patch_size"] ** 5,) * axes,
         family=lambda args: _families.SWIN_UNETR,
     ),
@@ -93,6 +99,7 @@ NETS: Mapping[str, Net] = {
         },
         forced={"deep_supervision": False},
         output="output_block",
+        decoder=lambda args: tuple(f"upsamples.{number}" for number in reversed(range(len(args["strides"]) - 2))),
         factors=lambda args, axes: _along(args["strides"], axes),
         family=lambda args: _families.DYNUNET,
         ignored=r"(skip_layers|deep_supervision_heads)\..*",
@@ -111,6 +118,7 @@ class Built:
         family: Roles of `model`.
         divisor: Sides of an input are multiples of it.
         input_size: The only input size (voxels along each axis) that the network takes; None where any will do.
+        decoder: Modules on the way up whose outputs are coarser than the image, fine to coarse, and their channels.
     """
 
     arch: str
@@ -119,6 +127,7 @@ class Built:
     family: Family
     divisor: int
     input_size: tuple[int, ...] | None
+    decoder: tuple[tuple[str, int], ...] = ()
 
 
 def create(
@@ -172,7 +181,7 @@ def create(
         input_size=padded if entry.sized else None,
     )
     _check_sizes(built, channels, padded, factors, net)
-    return built
+    return replace(built, decoder=_decoder(built, entry.decoder(args), channels, padded))
 
 
 def _class(arch: str) -> Callable[..., nn.Module]:
@@ -253,6 +262,21 @@ def _runs(built: Built, channels: int, sides: tuple[int, ...]) -> bool:
     except _RUN_ERRORS:
         return False
     return True
+
+
+def _decoder(built: Built, names: Sequence[str], channels: int, sides: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
+    """Return the modules with the channels of their outputs."""
+    widths: dict[str, int] = {}
+    hooks = [
+        built.model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: widths.__setitem__(name, output.shape[1])
+        )
+        for name in names
+    ]
+    _mapped(built, channels, sides)
+    for hook in hooks:
+        hook.remove()
+    return tuple((name, widths[name]) for name in names)
 
 
 def _mapped(built: Built, channels: int, sides: tuple[int, ...]) -> tuple[int, ...]:

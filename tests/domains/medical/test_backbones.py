@@ -91,6 +91,23 @@ def test_affine_can_be_turned_off_and_other_norms_are_left_alone():
     assert any(isinstance(module, nn.BatchNorm3d) for module in batch.model.modules())
 
 
+@NETWORK
+def test_the_way_up_is_named_from_fine_to_coarse(key, dims):
+    built, batch = build_net(key, dims), images(key, dims)
+    seen = {}
+    for name, _ in built.decoder:
+        built.model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.update({name: output})
+        )
+    with torch.no_grad():
+        built.model(batch)
+    sides = [batch.shape[2]] + [seen[name].shape[2] for name, _ in built.decoder]
+    assert sides == sorted(sides, reverse=True)
+    assert len(set(sides)) == len(sides)
+    assert [seen[name].shape[1] for name, _ in built.decoder] == [width for _, width in built.decoder]
+    assert bool(built.decoder) == (key != "unet-plain")
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("arch", ["UNet", "SegResNet", "UNETR", "SwinUNETR", "DynUNet"])
 def test_the_defaults_make_a_network_of_a_moderate_size(arch, dims):

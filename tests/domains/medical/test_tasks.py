@@ -30,6 +30,7 @@ from domains.medical.tasks import Segmentation, VolumeClassification
 from tests.domains.medical.conftest import CLASSES, DOMAINS, Balls, Presence, SlicedBalls, data_of, options, task_of
 
 LORA = LoRA(on=["conv"], rank=2)
+DEEPER = {"channels": (4, 8, 8), "strides": (2, 2), "num_res_units": 1}
 QUIET = {"accelerator": "cpu", "max_epochs": 1}
 
 
@@ -186,6 +187,48 @@ def test_options_that_do_not_fit_are_refused():
         task_of(LORA, data_of(), loss="dise_ce")
 
 
+# ---- deep supervision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_coarser_outputs_are_trained_at_the_images_size(dims):
+    """The loss is that of 1x1 convolutions of the decoder's features, enlarged; half the weight at each level."""
+    data = data_of(dims)
+    made = task_of(LORA, data, deep_supervision=1, net=DEEPER)
+    plain = task_of(LORA, data, net=DEEPER).head.output.state_dict()
+    assert all(torch.equal(plain[name], tensor) for name, tensor in made.head.output.state_dict().items())
+    sides = (9, 7, 11)[:dims]
+    batch = VolumeBatch(torch.randn(2, 1, *sides), torch.randint(0, 3, (2, *sides)), torch.arange(2))
+    batch.label[0, :4] = IGNORE
+    padded = [-(-side // made._built.divisor) * made._built.divisor for side in sides]
+    image = torch.zeros(2, 1, *padded)
+    inside = (..., *map(slice, sides))
+    image[inside] = batch.image
+    seen = []
+    level = made._built.model.get_submodule("model.1.submodule.2")
+    handle = level.register_forward_hook(lambda *args: seen.append(args[2]))
+    fine = made.head(made.backbone(image))[inside]
+    handle.remove()
+    assert list(seen[0].shape[2:]) == [side // 2 for side in padded]
+    mode = {2: "bilinear", 3: "trilinear"}[dims]
+    coarse = F.interpolate(made.head.deep[0](seen[0]), scale_factor=2.0, mode=mode)[inside]
+    expected = (made.loss(fine, batch.label) + 0.5 * made.loss(coarse, batch.label)) / 1.5
+    found = made.compute_loss(batch)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert made.head.deep[0].weight.grad.any()
+    assert not level._forward_hooks
+
+
+def test_deep_supervision_that_cannot_be_is_refused():
+    with pytest.raises(GraftError, match=r"deep_supervision is -1 \(at least 0\)"):
+        Segmentation("UNet", LORA, deep_supervision=-1)
+    with pytest.raises(GraftError, match="deep_supervision with LinearProbe, which trains nothing"):
+        Segmentation("UNet", LinearProbe(), deep_supervision=1)
+    with pytest.raises(GraftError, match="deep_supervision is 9, and 'UNet' has 1 coarser outputs on its way up"):
+        task_of(LORA, data_of(), deep_supervision=9, net=DEEPER)
+
+
 # ---- a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -230,10 +273,15 @@ def test_a_run_goes_from_fit_to_export(tmp_path, dims):
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("peft", [LinearProbe(), FullFineTune(), BitFit()], ids=lambda peft: type(peft).__name__)
-def test_every_kind_of_method_is_exported_and_loaded(tmp_path, peft):
+@pytest.mark.parametrize(
+    ("peft", "deep"),
+    [(LinearProbe(), 0), (FullFineTune(), 0), (BitFit(), 0), (BitFit(), 1)],
+    ids=["LinearProbe", "FullFineTune", "BitFit", "BitFit, deep supervision"],
+)
+def test_every_kind_of_method_is_exported_and_loaded(tmp_path, peft, deep):
     data = data_of()
-    record = fit(Segmentation(peft=peft, **options()), data, tmp_path / "run", **QUIET)
+    task = Segmentation(peft=peft, deep_supervision=deep, **options(net=DEEPER))
+    record = fit(task, data, tmp_path / "run", **QUIET)
     export(tmp_path / "run", tmp_path / "adapter", record, DOMAINS)
     card = (tmp_path / "adapter" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
