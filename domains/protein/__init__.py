@@ -25,6 +25,7 @@ DOMAIN = Domain(
             "AntimicrobialPeptides",
             "EnzymeClass",
             "Superkingdom",
+            "SumoWindows",
             "UniProtFragments",
             "ProteinCSV",
             "ProteinFASTA",

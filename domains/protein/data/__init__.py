@@ -8,6 +8,7 @@ from domains.protein.data._records import IGNORE, ProteinBatch, ProteinFacts, Re
 from domains.protein.data.base import ProteinData
 from domains.protein.data.own import FLIP, PairCSV, ProteinCSV, ProteinFASTA, ResidueCSV, Unlabelled
 from domains.protein.data.peptides import AntimicrobialPeptides
+from domains.protein.data.sites import SumoWindows
 from domains.protein.data.uniprot import EnzymeClass, Superkingdom, UniProtFragments
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ProteinFacts",
     "Record",
     "ResidueCSV",
+    "SumoWindows",
     "Superkingdom",
     "UniProtFragments",
     "Unlabelled",

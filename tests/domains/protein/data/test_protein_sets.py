@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from domains.protein.data import AntimicrobialPeptides, EnzymeClass, Superkingdom, _prepared
+from common.errors import GraftError
+from domains.protein.data import AntimicrobialPeptides, EnzymeClass, SumoWindows, Superkingdom, _prepared
 from domains.protein.data._records import Record
 from domains.protein.data._uniprot import ENZYME_CLASSES, enzyme_class, parse_header, superkingdom
 from domains.protein.data.base import ProteinData
@@ -108,6 +109,46 @@ def test_a_set_is_split_once_and_read_back(tmp_path, monkeypatch, draw):
     assert sorted(r.id for s in ("train", "val", "test") for r in one.records(s)) == sorted(r.id for r in listed)
     batch = next(iter(one.val_dataloader()))
     assert [one.names[t] for t in batch.target] == [one.records("val")[i].label for i in batch.index]
+
+
+def test_a_published_split_is_kept_and_its_leak_named(tmp_path, monkeypatch, draw):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    listed = [Record(f"{'test' if n % 3 == 0 else 'train'}/{n}", draw(n), "ab"[n % 2]) for n in range(40)]
+
+    def stated(record):
+        return "val" if record.id[-1] == "1" else record.id.split("/")[0]
+
+    class Own(ProteinData):
+        def _read(self):
+            return _prepared.read_set("own-2", "modlamp", lambda: (listed, {}), ("a", "b"), stated=stated)
+
+    data = Own()
+    data.setup()
+    assert {r.id.split("/")[0] for r in data.records("test")} == {"test"}
+    assert {r.id[-1] for r in data.records("val")} == {"1"}
+    assert set(data.facts.leak) == {"random", "published"}
+
+
+def test_an_unknown_split_of_windows_is_refused():
+    with pytest.raises(GraftError, match=r"Unknown split 'official'.*protein, published"):
+        SumoWindows(split="official")
+
+
+@pytest.mark.artifacts
+def test_the_published_split_of_sumo_sites_leaks_and_the_one_by_protein_does_not():
+    leaks = {}
+    protein = lambda record: record.id.split("/")[1].rpartition("_")[0]  # noqa: E731
+    for split in ("published", "protein"):
+        data = SumoWindows(split=split)
+        data.setup()
+        sides = {side: {protein(r) for r in data.records(side)} for side in ("train", "val", "test")}
+        held = [r for r in data.records("test") if protein(r) in sides["train"]]
+        shared = len(held) / data.facts.counts["test"]
+        assert shared > 0.9 if split == "published" else shared == 0
+        assert not sides["train"] & sides["val"]
+        assert all(r.sequence[10] == "K" for r in data.records("test"))
+        leaks |= data.facts.leak
+    assert leaks["published"] > leaks["similarity"] + 0.05
 
 
 def jaccard(one, other):
