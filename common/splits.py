@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 from common.errors import GraftError
@@ -16,6 +17,26 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 def stable_hash(text: str, salt: str = "") -> int:
     """Hash a text to 64 bits, the same on every machine and in every process."""
     return int.from_bytes(hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=8).digest(), "big")
+
+
+def cut_ranking(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
+    """Choose where to cut a ranking of groups so that no part is empty and each is as near its share as can be.
+
+    Args:
+        sizes: Members of each group, in the order of the ranking; as many groups as parts or more.
+        fractions: Share of each part; they add up to 1.
+
+    Returns:
+        For each cut the number of groups before it.
+    """
+    running = list(accumulate(sizes))
+    cuts: list[int] = []
+    for number, share in enumerate(accumulate(fractions[:-1]), start=1):
+        first = cuts[-1] + 1 if cuts else 1
+        last = len(sizes) - (len(fractions) - number)
+        wanted = share * running[-1]
+        cuts.append(min(range(first, last + 1), key=lambda cut, wanted=wanted: abs(running[cut - 1] - wanted)))
+    return cuts
 
 
 def check_share(name: str, share: float | None, shots: int | None) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from common.errors import GraftError
-from common.splits import check_share, stable_hash, take_share
+from common.splits import check_share, cut_ranking, stable_hash, take_share
 
 
 def test_a_hash_is_the_first_64_bits_of_a_salted_blake2b():
@@ -22,6 +22,13 @@ def test_a_hash_is_the_same_in_another_process():
     code = "from common.splits import stable_hash; print(stable_hash('a'))"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert int(found) == stable_hash("a")
+
+
+def test_a_ranking_is_cut_nearest_to_the_shares_and_no_part_is_empty():
+    assert cut_ranking([1] * 10, [0.5, 0.2, 0.3]) == [5, 7]
+    assert cut_ranking([8, 1, 1], [0.5, 0.25, 0.25]) == [1, 2]
+    assert cut_ranking([1, 1, 8], [0.5, 0.25, 0.25]) == [1, 2]
+    assert cut_ranking([3, 3, 3, 3], [0.7, 0.3]) == [3]
 
 
 def test_a_share_is_of_each_class_and_less_is_a_part_of_more():

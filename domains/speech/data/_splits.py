@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from common.errors import GraftError
-from common.splits import SPLITS, Split, stable_hash
+from common.splits import SPLITS, Split, cut_ranking, stable_hash
 
 
 def split_by_group(groups: Sequence[str], strata: Sequence[str], fractions: Mapping[Split, float]) -> list[Split]:
@@ -38,7 +38,7 @@ def split_by_group(groups: Sequence[str], strata: Sequence[str], fractions: Mapp
                 f"{len(ranked)} different speakers or texts{where} cannot be cut into {', '.join(fractions)}: give at "
                 f"least {len(fractions)}, or state the split of each clip."
             )
-        cuts = _cut([len(members[group]) for group in ranked], list(fractions.values()))
+        cuts = cut_ranking([len(members[group]) for group in ranked], list(fractions.values()))
         for side, (start, stop) in zip(fractions, itertools.pairwise([0, *cuts, len(ranked)]), strict=True):
             for position in itertools.chain.from_iterable(members[group] for group in ranked[start:stop]):
                 sides[position] = side
@@ -88,15 +88,3 @@ def joined(ties: Iterable[tuple[Hashable, Hashable]]) -> dict[Hashable, Hashable
         low, high = sorted((root(one), root(other)), key=repr)
         parent[high] = low
     return {key: root(key) for key in [*parent]}
-
-
-def _cut(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
-    """Choose where to cut a ranking of groups so that no part is empty and each is as near its share as can be."""
-    running = list(itertools.accumulate(sizes))
-    cuts: list[int] = []
-    for number, share in enumerate(itertools.accumulate(fractions[:-1]), start=1):
-        first = cuts[-1] + 1 if cuts else 1
-        last = len(sizes) - (len(fractions) - number)
-        wanted = share * running[-1]
-        cuts.append(min(range(first, last + 1), key=lambda cut, wanted=wanted: abs(running[cut - 1] - wanted)))
-    return cuts

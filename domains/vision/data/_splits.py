@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from common.errors import GraftError
-from common.splits import stable_hash
+from common.splits import cut_ranking, stable_hash
 
 
 def assign_splits(labels: Sequence[str], groups: Sequence[str], fractions: Mapping[str, float]) -> list[str]:
@@ -45,7 +45,7 @@ def assign_splits(labels: Sequence[str], groups: Sequence[str], fractions: Mappi
         if len(ranked) < len(fractions):
             too_small.append(f"'{label}' ({len(ranked)})")
             continue
-        cuts = _cut([len(members[group]) for group in ranked], list(fractions.values()))
+        cuts = cut_ranking([len(members[group]) for group in ranked], list(fractions.values()))
         for side, (start, stop) in zip(fractions, itertools.pairwise([0, *cuts, len(ranked)]), strict=True):
             for group in ranked[start:stop]:
                 for position in members[group]:
@@ -56,18 +56,6 @@ def assign_splits(labels: Sequence[str], groups: Sequence[str], fractions: Mappi
             f"Give every class at least {len(fractions)}, or leave the class out with `classes`."
         )
     return sides
-
-
-def _cut(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
-    """Choose where to cut a ranking of groups so that no part is empty and each is as near its share as can be."""
-    running = list(itertools.accumulate(sizes))
-    cuts: list[int] = []
-    for number, share in enumerate(itertools.accumulate(fractions[:-1]), start=1):
-        first = cuts[-1] + 1 if cuts else 1
-        last = len(sizes) - (len(fractions) - number)
-        wanted = share * running[-1]
-        cuts.append(min(range(first, last + 1), key=lambda cut, wanted=wanted: abs(running[cut - 1] - wanted)))
-    return cuts
 
 
 def near_duplicates(hashes: np.ndarray, mirrored: np.ndarray, max_distance: int) -> list[int]:
