@@ -1,4 +1,4 @@
-# make demo   set up everything and run the demonstration (ends in runs/demo*/report.html)
+# make demo   set up everything and run the demonstration (ends in runs/demo/report.html)
 # make test   set up everything and run all checks' tests
 # make lint   style, types and the import contract
 PYTHON ?= python3
@@ -32,9 +32,6 @@ artifacts: $(READY)
 
 demo: artifacts
 	$(BIN)/graft compare configs/demo.yaml
-	$(BIN)/graft compare configs/demo_medical.yaml
-	$(BIN)/graft compare configs/demo_protein.yaml
-	$(BIN)/graft compare configs/demo_speech.yaml
 
 test: artifacts
 	$(BIN)/python -m pytest --artifacts -n 2

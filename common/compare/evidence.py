@@ -111,6 +111,19 @@ class Block:
     comparison: Comparison | None
 
     @property
+    def title(self) -> str:
+        """What a heading calls it: its part's title, or its label."""
+        part = self.study.part
+        if part is None:
+            return self.label
+        return part.title if len(self.study.recipes) == 1 else f"{part.title}: {self.label}"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Where its examples come from: blocks that share it have more or less training data of one set."""
+        return (self.study.part.name if self.study.part else "", self.recipe)
+
+    @property
     def domain(self) -> str:
         """The domain of its runs; "" where none says."""
         return next((run.metrics.domain for run in self.runs if run.metrics and run.metrics.domain), "")

@@ -114,13 +114,13 @@ def _data(block: Block) -> Iterator[Finding]:
 
 def _test_splits(blocks: Sequence[Block]) -> Iterator[Finding]:
     """The same recipe with more or less training data must be tested on the same examples."""
-    digests: dict[tuple[str, int], set[str]] = {}
+    digests: dict[tuple[tuple[str, str], int], set[str]] = {}
     for block in blocks:
         for run in block.runs:
             split = (run.metrics.data.get("splits") or {}).get("test") if run.metrics else None
             if split is not None:
-                digests.setdefault((block.recipe, run.trial.seed), set()).add(split)
-    for recipe in dict.fromkeys(recipe for (recipe, _), found in digests.items() if len(found) > 1):
+                digests.setdefault((block.source, run.trial.seed), set()).add(split)
+    for _, recipe in dict.fromkeys(source for (source, _), found in digests.items() if len(found) > 1):
         yield _broken(f"{recipe}: runs of one seed were tested on different examples")
 
 

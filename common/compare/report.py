@@ -55,6 +55,9 @@ class Tried:
 class Section:
     """Everything the report shows about one recipe."""
 
+    ident: str
+    title: str
+    question: str
     label: str
     recipe: str
     facts: str
@@ -108,7 +111,7 @@ def write_report(
         findings=findings,
         curves=_curves(blocks),
         together=_together(blocks, standing) if standing else None,
-        sections=[_section(block, f"plot{index}") for index, block in enumerate(blocks)],
+        sections=[_section(block, f"set{index}") for index, block in enumerate(blocks)],
         parts=MEMORY_PARTS,
         environment=_environment([run for block in blocks for run in block.runs]),
     )
@@ -134,6 +137,9 @@ def _section(block: Block, ident: str) -> Section:
     seen = [run.metrics for run in runs if run.metrics]
     pictured = [run for run in runs if run.chosen and run.trial.seed == study.seeds[0] and not run.failure]
     return Section(
+        ident=ident,
+        title=block.title,
+        question=study.part.question if study.part else "",
         label=block.label,
         recipe=block.recipe,
         facts=_facts(seen),
@@ -205,8 +211,8 @@ def _plots(block: Block, ident: str) -> list[Plot]:
 def _curves(blocks: Sequence[Block]) -> list[Plot]:
     """Draw quality against the number of training examples, where one recipe was run with several."""
     plots: list[Plot] = []
-    for index, recipe in enumerate(dict.fromkeys(block.recipe for block in blocks)):
-        sized = [(size, block) for block in blocks if block.recipe == recipe and (size := _train_size(block))]
+    for index, source in enumerate(dict.fromkeys(block.source for block in blocks)):
+        sized = [(size, block) for block in blocks if block.source == source and (size := _train_size(block))]
         if len({size for size, _ in sized}) < 2:
             continue
         curves: dict[str, list[Point]] = {}
@@ -220,7 +226,7 @@ def _curves(blocks: Sequence[Block]) -> list[Plot]:
         name = next((row.primary.replace("_", " ") for _, block in sized for row in block.rows if row.primary), "")
         labels = {"cost_label": "training examples", "quality_label": f"test {name}"}
         svg = curves_svg(curves, ident=f"curve{index}", title=f"Test {name} by training examples", **labels)
-        caption = f"{recipe}: test {name} against the number of training examples. Bars: 95 % intervals."
+        caption = f"{source[1]}: test {name} against the number of training examples. Bars: 95 % intervals."
         plots.append(Plot(caption=caption, svg=Markup(svg)))
     return plots
 

@@ -20,7 +20,8 @@ from common.compare.claims import Card, Scale, ScaleName
 from common.compare.evidence import Block
 from common.compare.expand import Request, Shots, expand
 from common.compare.stages import GRAFT, STOPPED, run_studies
-from common.compare.study import Study, load_study
+from common.compare.study import Study
+from common.compare.study_file import load_studies
 from common.compare.verdicts import decide
 from common.errors import GraftError
 
@@ -161,7 +162,7 @@ def _blocks(scale: Scale, out: Path, runner: _Runner) -> list[Block]:
         return runner.run((str(out),), lambda: expand(request, lambda _: Shots()))
     blocks: list[Block] = []
     for path in scale.studies:
-        own = runner.run((path,), lambda path=path: [load_study(Path(path))])
+        own = runner.run((path,), lambda path=path: load_studies(Path(path)))
         stem = Path(path).stem
         blocks += [replace(one, label=stem if len(own) == 1 else f"{stem}:{one.label}") for one in own]
     return blocks

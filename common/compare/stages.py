@@ -26,7 +26,8 @@ from common.compare.ledger import Ledger
 from common.compare.report import write_report
 from common.compare.results import Failure, Metrics, Run, choose, read_metrics
 from common.compare.runner import Finished, Job, cpu_count, run_jobs
-from common.compare.study import Study, Trial, load_study
+from common.compare.study import Study, Trial
+from common.compare.study_file import load_studies
 from common.compare.tables import print_table, write_csv, write_markdown
 from common.errors import GraftError
 
@@ -57,8 +58,7 @@ def compare(
     Raises:
         GraftError: If the study file is wrong, or a run folder holds the result of another command.
     """
-    study = load_study(study_path, out)
-    return run_studies([study], jobs, command=command, console=console)[0]
+    return run_studies(load_studies(study_path, out), jobs, command=command, console=console)[0]
 
 
 def run_studies(

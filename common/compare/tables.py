@@ -129,7 +129,8 @@ def print_table(title: str, blocks: Sequence[Block], console: Console) -> None:
         console = Console(file=console.file, width=_PLAIN_WIDTH)
     for block in blocks:
         shown = columns(block.rows, block.comparison, every_metric=False)
-        table = Table(title=escape(f"{title} ({_name(block)})"), title_justify="left", title_style="bold")
+        heading = escape(f"{_title(title, block)} ({_name(block)})")
+        table = Table(title=heading, title_justify="left", title_style="bold")
         for column in shown:
             table.add_column(column.title, justify="left" if column.words else "right")
         for row in block.rows:
@@ -145,7 +146,7 @@ def write_markdown(
     for block in blocks:
         shown = columns(block.rows, block.comparison, every_metric=True)
         lines = [
-            f"**{title}** ({_name(block, '`')})",
+            f"**{_title(title, block)}** ({_name(block, '`')})",
             "",
             _line([column.title for column in shown]),
             _line("---" if column.words else "---:" for column in shown),
@@ -315,6 +316,10 @@ def _failures() -> Column:
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _title(title: str, block: Block) -> str:
+    return block.title if block.study.part else title
 
 
 def _name(block: Block, quote: str = "") -> str:

@@ -3,7 +3,8 @@
 The world: {"val": {method: {lr: number}}, "test": {method: {seed: number}}, "fail": [[verb, method, lr, seed], ...],
 "silent": (the same, ending well but without a result), "sleep": seconds, "classes": [...], "pictures": [...],
 "rows": {method: [row of predictions.jsonl, ...]}, "mode": "max", "shared": {"train-test": n}, "garbage": {method: what
-stands in metrics.json}}. The accuracy is that of the answers, where there are any; then every seed's is.
+stands in metrics.json}, "named_splits": whether the test split is told by `data.name`}.
+The accuracy is that of the answers, where there are any; then every seed's is.
 Every call is noted in calls.jsonl, beside it.
 A baseline has no learning rate: it is "-" in the lists, and "val" has its number instead of rates.
 """
@@ -48,11 +49,11 @@ def main() -> int:
     if rows is not None:
         (run / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if verb == "baseline":
-        metrics = describe(world, recipe_path, peft, None, int(seed)) | {"baseline": True, "backbone": ""}
+        metrics = describe(world, recipe_path, peft, None, int(seed), options) | {"baseline": True, "backbone": ""}
         metrics["test"] = {"accuracy": world["test"][method][seed], "macro_f1": 0.1}
     elif verb == "fit":
         (run / "options.json").write_text(json.dumps(options))
-        metrics = describe(world, recipe_path, peft, float(lr), int(seed))
+        metrics = describe(world, recipe_path, peft, float(lr), int(seed), options)
     else:
         metrics = json.loads(path.read_text())
         metrics["test"] = {**metrics["val"], "accuracy": world["test"][method][seed]}
@@ -67,7 +68,7 @@ def main() -> int:
     return 0
 
 
-def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed: int) -> dict:
+def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed: int, options: dict) -> dict:
     method = peft["class_path"]
     measured = world["val"][method]
     share = {"FullFineTune": 1.0, "LoRA": 0.0067, "BitFit": 0.0024, "LinearProbe": 0.00026}.get(method, 0.005)
@@ -116,6 +117,7 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed:
             "val": 200,
             "test": 400,
         }
+        | ({"splits": {"test": options["--data.name"]}} if world.get("named_splits") else {})
         | {"classes": world.get("classes", ["birds", "bugs"]), "shared": world.get("shared", {})},
         "environment": {"graft": "0.1.0", "device": "cpu", "precision": "32-true"},
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from common.compare import load_study, run_studies
+from common.compare import load_studies, run_studies
 from common.compare.expand import Request, Shots, expand, parse_rates
 from common.compare.rates import RATES, rates_of
 from common.errors import GraftError
@@ -58,7 +58,7 @@ methods:
   FullFineTune: {peft: {class_path: FullFineTune}, lr: [1.0e-3, 3.0e-4]}
 seeds: [0, 1]
 """)
-    written, (first, second) = load_study(Path("study.yaml"), out=Path("out")), expand(request_of, lambda _: BOTH)
+    written, (first, second) = load_studies(Path("study.yaml"), out=Path("out"))[0], expand(request_of, lambda _: BOTH)
     assert first.possible() == written.possible()
     assert second.labels == {"two.yaml": "two"}
 

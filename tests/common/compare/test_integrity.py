@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from common.compare import load_study
+from common.compare import load_studies
 from common.compare.evidence import make_blocks
 from common.compare.integrity import check
 from common.compare.ledger import Ledger
@@ -18,7 +18,7 @@ CHOSEN = {"LoRA": "lr-0.001", "FullFineTune": "lr-5e-05"}
 
 def recheck(world, chosen=CHOSEN):
     """Check what lies in the folders now, the runs of some rates being those in the results."""
-    study = load_study(world.folder / "study.yaml")
+    study = load_studies(world.folder / "study.yaml")[0]
     runs = []
     for trial in study.possible():
         metrics = read_metrics(trial.folder)

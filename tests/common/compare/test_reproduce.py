@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from common._yaml import load_yaml
-from common.compare import load_study
+from common.compare import load_studies
 from common.compare.claims import READ, load_card, load_cards
 from common.compare.reproduce import reproduce
 from common.compare.verdicts import TESTS
@@ -169,7 +169,7 @@ def test_shipped_cards_are_whole(path, monkeypatch):
     assert card.read in READ
     for scale in (one for one in card.scales.values() if not one.not_runnable):
         assert all(Path(recipe).is_file() for recipe in scale.recipes)
-        studies = {Path(study).stem: load_study(Path(study)) for study in scale.studies}
+        studies = {Path(study).stem: load_studies(Path(study))[0] for study in scale.studies}
         for test in scale.tests:
             assert set(test.on) <= set(studies)
             if scale.recipes:
@@ -191,11 +191,11 @@ def named(test):
 def test_studies_of_claims_share_runs_with_the_studies_that_they_extend(path, monkeypatch):
     """A method of the same name in both has the same commands, so that nothing is run twice."""
     monkeypatch.chdir(REPO)
-    own = load_study(path)
+    own = load_studies(path)[0]
     assert f"graft compare {path.relative_to(REPO).as_posix()}" in path.read_text()
     if own.runs == own.out:
         return
-    base = load_study(REPO / "configs" / "studies" / f"{own.runs.name}.yaml")
+    base = load_studies(REPO / "configs" / "studies" / f"{own.runs.name}.yaml")[0]
     assert base.runs == own.runs
     theirs = {trial.folder: trial.options for trial in base.possible()}
     shared = [trial for trial in own.possible() if trial.folder in theirs]

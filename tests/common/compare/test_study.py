@@ -1,4 +1,4 @@
-"""The study file: what it expands to, and what is refused."""
+"""A study: the trials that it expands to."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from common.compare import load_study
-from common.errors import GraftError
+from common.compare import load_studies
 
 REPO = Path(__file__).parents[3]
 
 
 def test_tuning_has_every_rate_at_one_seed_and_possible_has_every_seed(world):
-    study = load_study(Path("study.yaml"))
+    study = load_studies(Path("study.yaml"))[0]
     tuning = study.tuning()
     assert [(t.method, t.lr, t.seed) for t in tuning] == [
         ("LoRA", 3e-4, 0),
@@ -34,7 +31,7 @@ def test_recipes_multiply_trials_and_have_folders_of_their_own(world):
         Path(name).write_text("{}")
     text = (world.folder / "study.yaml").read_text()
     world.write(text.replace("recipe: recipe.yaml", "recipes: [a/x.yaml, b/x.yaml, b/y.yaml]"))
-    study = load_study(Path("study.yaml"), out=Path("elsewhere"))
+    study = load_studies(Path("study.yaml"), out=Path("elsewhere"))[0]
     assert study.labels == {"a/x.yaml": "a-x", "b/x.yaml": "b-x", "b/y.yaml": "y"}
     folders = [trial.folder for trial in study.possible()]
     assert len(folders) == len(set(folders)) == 3 * 5 * 3
@@ -42,7 +39,7 @@ def test_recipes_multiply_trials_and_have_folders_of_their_own(world):
 
 
 def test_command_line_carries_the_trial(world):
-    trial = load_study(Path("study.yaml")).tuning()[0]
+    trial = load_studies(Path("study.yaml"))[0].tuning()[0]
     words = list(trial.fit)
     assert words[:3] == ["fit", "--config", "recipe.yaml"]
     options = dict(zip(words[1::2], words[2::2], strict=True))
@@ -63,7 +60,7 @@ overrides: {trainer.max_epochs: 4, model.on: true, model.list: [1, a], model.non
 methods: {LoRA: {peft: {class_path: LoRA}, lr: 1.0e-3, overrides: {trainer.max_epochs: 2}}}
 """
     world.write(study)
-    options = load_study(Path("study.yaml")).tuning()[0].options
+    options = load_studies(Path("study.yaml"))[0].tuning()[0].options
     joined = " ".join(options)
     assert "--trainer.max_epochs 2" in joined
     assert "--trainer.max_epochs 4" not in joined
@@ -76,7 +73,7 @@ methods: {LoRA: {peft: {class_path: LoRA}, lr: 1.0e-3, overrides: {trainer.max_e
 def test_the_learning_rate_goes_where_the_method_says(world):
     text = (world.folder / "study.yaml").read_text()
     world.write(text.replace("lr: [1e-5, 5e-5]", "lr: [1e-5], lr_options: [model.optim.head_lr, model.optim.lr]"))
-    words = load_study(Path("study.yaml")).tuning()[-1].options
+    words = load_studies(Path("study.yaml"))[0].tuning()[-1].options
     assert [words[words.index(f"--model.optim.{key}") + 1] for key in ("head_lr", "lr")] == ["1e-05", "1e-05"]
 
 
@@ -86,7 +83,7 @@ def test_baselines_have_a_trial_for_each_recipe_and_seed_without_rate_or_tuning(
         (world.folder / "study.yaml").read_text().replace("recipe: recipe.yaml", "recipes: [recipe.yaml, other.yaml]")
     )
     world.write(text + "baselines: [Majority, Nearest]\ntune_seed: 7\n")
-    study = load_study(Path("study.yaml"))
+    study = load_studies(Path("study.yaml"))[0]
     trials = study.untrained()
     assert [(t.recipe, t.method, t.seed) for t in trials] == [
         (recipe, name, seed)
@@ -104,14 +101,14 @@ def test_baselines_have_a_trial_for_each_recipe_and_seed_without_rate_or_tuning(
 
 def test_one_baseline_needs_no_list(world):
     world.write((world.folder / "study.yaml").read_text() + "baselines: Majority\n")
-    assert load_study(Path("study.yaml")).baselines == ("Majority",)
+    assert load_studies(Path("study.yaml"))[0].baselines == ("Majority",)
 
 
 def test_further_options_take_the_seed_in_every_trial(world):
     world.write(
         (world.folder / "study.yaml").read_text() + "seed_options: [data.draw, data.fold]\nbaselines: [Nearest]\n"
     )
-    for trial in load_study(Path("study.yaml")).possible():
+    for trial in load_studies(Path("study.yaml"))[0].possible():
         words = list(trial.options)
         given = [words[words.index(f"--{key}") + 1] for key in ("seed_everything", "data.draw", "data.fold")]
         assert given == [str(trial.seed)] * 3
@@ -119,94 +116,10 @@ def test_further_options_take_the_seed_in_every_trial(world):
 
 def test_a_study_without_them_gives_the_commands_it_always_gave(world):
     """Runs that are there already are told by their command."""
-    trial = load_study(Path("study.yaml")).tuning()[-1]
+    trial = load_studies(Path("study.yaml"))[0].tuning()[-1]
     words = "fit --config recipe.yaml --peft PEFT --seed_everything 0 --model.optim.lr 5e-05 --trainer.max_epochs 2"
     expected = [*words.replace("PEFT", '{"class_path":"FullFineTune"}').split(), "--data.name", "tiny"]
     assert [word.replace(" ", "") for word in trial.options] == expected
-
-
-def test_all_problems_are_reported_at_once_with_the_nearest_name(world):
-    world.write("""
-title: 3
-question: q
-recipe: missing.yaml
-seed: [0]
-overrides: {--x: 1, model.optim.lr: 2, run: here}
-methods:
-  LoRA: {peft: {class_path: LoRA, init: {}}, lr: [0, 1]}
-  a/b: {pefts: {}, lr: yes}
-tune_seed: [1, 2]
-""")
-    with pytest.raises(GraftError) as error:
-        load_study(Path("study.yaml"))
-    text = str(error.value)
-    for words in (
-        "title is 3",
-        "'missing.yaml' is not a file",
-        "unknown key 'seed'. Did you mean 'seeds'?",
-        '"--x"',
-        "overrides of method 'LoRA' set 'model.optim.lr'",
-        "sets 'run'",
-        "unknown key 'init'. Did you mean 'init_args'?",
-        "lr of method 'LoRA' is [0, 1]",
-        "method 'a/b' cannot name a folder",
-        "unknown key 'pefts'. Did you mean 'peft'?",
-        "lr of method 'a/b' is \"yes\"",
-        "tune_seed is [1, 2]",
-    ):
-        assert words in text
-    assert ".." not in text
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("recipe: recipe.yaml", "", "either recipe"),
-        ("recipe: recipe.yaml", "recipes: []", "recipes is []"),
-        ("recipe: recipe.yaml", "recipes: [recipe.yaml, recipe.yaml]", "listed twice"),
-        ("seeds: [0, 1, 2]", "seeds: [0, 0]", "give each number once"),
-        ("seeds: [0, 1, 2]", "seeds: [true]", "seeds is [true]"),
-        ("lr: [1e-5, 5e-5]", "lr: [1e-5, 1.0e-5]", "each learning rate once"),
-        ("lr: [1e-5, 5e-5]", "lr: [.inf]", "numbers above 0"),
-        ("lr: [1e-5, 5e-5]", "lr: 1e-5, lr_options: [--lr]", "lr_options of method"),
-        ("out: runs/small", "out: 3", "out is 3"),
-        ("  FullFineTune:", "  LoRA:", "'LoRA' is given twice"),
-        ("question: Does it work?", "", "question is null"),
-        ("seeds:", "baselines: [LoRA]\nseeds:", "'LoRA' is a baseline and a method"),
-        ("seeds:", "baselines: [A, A]\nseeds:", "baseline 'A' is listed twice"),
-        ("seeds:", "baselines: [a/b]\nseeds:", "baseline 'a/b' cannot name a folder"),
-        ("seeds:", "baselines: [null]\nseeds:", "baselines is [null]"),
-        ("seeds:", "baseline: [A]\nseeds:", "Did you mean 'baselines'?"),
-        ("seeds:", "seed_options: [--data.draw]\nseeds:", 'seed_options is ["--data.draw"]'),
-        ("seeds:", "seed_options: [3]\nseeds:", "seed_options is [3]"),
-        ("seeds:", "seed_options: [data.draw, data.draw]\nseeds:", "'data.draw' twice"),
-        ("seeds:", "seed_options: [seed_everything]\nseeds:", "seed_options has 'seed_everything'"),
-        ("seeds:", "seed_options: [peft.rank]\nseeds:", "seed_options has 'peft.rank'"),
-        (
-            "seeds:",
-            "seed_options: [data.name]\nseeds:",
-            "overrides of method 'LoRA' set 'data.name', which takes the seed",
-        ),
-        ("seeds:", "seed_options: [model.optim.lr]\nseeds:", "lr_options of method 'LoRA' has 'model.optim.lr'"),
-    ],
-)
-def test_one_wrong_thing_is_named(world, old, new, words):
-    text = (world.folder / "study.yaml").read_text()
-    assert old in text
-    world.write(text.replace(old, new))
-    with pytest.raises(GraftError, match=r"(?s).*") as error:
-        load_study(Path("study.yaml"))
-    assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "path", [REPO / "configs/demo.yaml", *sorted(REPO.glob("configs/studies/*.yaml"))], ids=lambda path: path.stem
-)
-def test_shipped_studies_are_whole(path, monkeypatch):
-    monkeypatch.chdir(REPO)
-    study = load_study(path)
-    assert len(study.methods) > 1
-    assert f"graft compare {path.relative_to(REPO).as_posix()}" in path.read_text()
 
 
 def test_reading_studies_needs_no_torch():

@@ -1,0 +1,285 @@
+"""The study file: YAML in, studies out, and every problem of a file named at once.
+
+    title: ...
+    question: ...
+    recipe: configs/vision/stars.yaml     # or recipes: [...]
+    methods: {LoRA: {peft: {class_path: LoRA}, lr: [1e-3, 3e-3]}, ...}
+    seeds: [0, 1, 2]
+
+One report on sets that differ in more than the recipe has parts. A part says of these keys what is its own; what it
+does not say it has from the file, and its overrides add to the file's:
+
+    title: ...
+    question: ...
+    seeds: [0]                            # of both parts
+    parts:
+      stars: {title: Stars on paper, recipe: ..., methods: ...}
+      brain: {title: A macaque's brain, recipe: ..., overrides: ..., baselines: ..., methods: ...}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from common._yaml import load_yaml
+from common.compare.study import Method, Part, Study, label_recipes
+from common.errors import GraftError, suggest
+
+_PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
+_PART_KEYS += ("tune_seed", "seed_options")
+_STUDY_KEYS = (*_PART_KEYS, "out", "runs", "parts")
+_METHOD_KEYS = ("peft", "lr", "lr_options", "overrides")
+_PEFT_KEYS = ("class_path", "init_args")
+# What the study decides itself, so that an override can never contradict the folder's name.
+_RESERVED = ("config", "run", "resume", "peft", "seed_everything")
+_LR_OPTION = "model.optim.lr"
+_FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+def load_studies(path: Path, out: Path | None = None) -> list[Study]:
+    """Read and check a study file.
+
+    Args:
+        path: The YAML file. Paths inside it are seen from the current folder, as on a command line.
+        out: The folder to write to, in place of the file's own `out` and `runs`.
+
+    Returns:
+        One study for each part; a single one where the file has no parts. They share title, question and folders.
+
+    Raises:
+        GraftError: If anything in the file is wrong. The message lists all problems at once.
+    """
+    problems: list[str] = []
+    top = _fields(load_yaml(path), "the study", _STUDY_KEYS, problems)
+    title, question = _text(top, "title", problems), _text(top, "question", problems)
+    folder, shared_runs = top.get("out", Path("runs", path.stem).as_posix()), top.get("runs")
+    if not isinstance(folder, str) or not folder:
+        problems.append(f"out is {_show(folder)}: give a folder")
+    if "runs" in top and (not isinstance(shared_runs, str) or not shared_runs):
+        problems.append(f"runs is {_show(shared_runs)}: give a folder")
+    target = out if out is not None else Path(str(folder))
+    # With another --out everything goes there, the runs too.
+    runs = Path(shared_runs) if isinstance(shared_runs, str) and out is None else target
+    studies: list[Study] = []
+    for part, fields, where in _parts(top, problems):
+        found: list[str] = []
+        own = _contents(fields, part, found)
+        studies.append(Study(title=title, question=question, out=target, runs=runs, part=part, **own))
+        problems += [f"{where}{problem}" for problem in found]
+    labels = [label for study in studies for label in study.labels.values()]
+    if len(set(labels)) < len(labels):
+        problems.append(f"recipes share the folder names {_show(sorted(labels))}: rename a recipe or a part")
+    if problems:
+        raise GraftError(f"Study '{path}' cannot be used:" + "".join(f"\n- {problem}." for problem in problems))
+    return studies
+
+
+def _parts(top: dict[str, Any], problems: list[str]) -> list[tuple[Part | None, dict[str, Any], str]]:
+    """Split a file into its parts: each one's name and words, its fields, and what stands before its problems."""
+    if "parts" not in top:
+        return [(None, top, "")]
+    blocks = _mapping(top["parts"])
+    if not blocks:
+        problems.append(f"parts is {_show(top['parts'])}: give a mapping from a name to what is that part's own")
+        return []
+    shared = {key: value for key, value in top.items() if key in _PART_KEYS and key not in ("title", "question")}
+    parts: list[tuple[Part | None, dict[str, Any], str]] = []
+    for name, block in blocks.items():
+        where = f"part '{name}'"
+        _check_name(name, where, problems)
+        own = _fields(block, where, _PART_KEYS, problems)
+        words = {key: _text(own, key, problems, where) if key in own else "" for key in ("title", "question")}
+        part = Part(name=str(name), title=words["title"] or str(name), question=words["question"])
+        left = () if not {"recipe", "recipes"} & own.keys() else ("recipe", "recipes")
+        fields = {key: value for key, value in shared.items() if key not in left} | own
+        both = [one["overrides"] for one in (shared, own) if one.get("overrides") is not None]
+        wrong = [one for one in both if _mapping(one) is None]  # is named where overrides are read
+        fields["overrides"] = wrong[0] if wrong else {key: value for one in both for key, value in one.items()}
+        parts.append((part, fields, f"{where}: "))
+    return parts
+
+
+def _contents(fields: Mapping[str, Any], part: Part | None, problems: list[str]) -> dict[str, Any]:
+    """Read what one part, or a file without parts, compares."""
+    recipes = _recipes(fields, problems)
+    labels = label_recipes(recipes)
+    if part is not None:
+        labels = {recipe: part.name if len(recipes) == 1 else f"{part.name}-{own}" for recipe, own in labels.items()}
+    shared = _overrides(fields.get("overrides"), "overrides", problems)
+    methods = _methods(fields.get("methods"), shared, problems)
+    seeds = _integers(fields.get("seeds", [0]), "seeds", problems)
+    tune_seed = _integers(fields.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
+    if len(tune_seed) > 1:
+        problems.append(f"tune_seed is {_show(list(tune_seed))}: give one whole number")
+    return {
+        "recipes": recipes,
+        "labels": labels,
+        "methods": methods,
+        "baselines": _baselines(fields.get("baselines", []), methods, problems),
+        "overrides": shared,
+        "seeds": seeds,
+        "tune_seed": tune_seed[0] if tune_seed else 0,
+        "seed_options": _seed_options(fields.get("seed_options", []), methods, problems),
+    }
+
+
+def _show(value: object) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _mapping(value: object) -> dict[Any, Any] | None:
+    return cast(dict[Any, Any], value) if isinstance(value, dict) else None
+
+
+def _list(value: object) -> list[Any]:
+    """Read a list, or one value as a list of its own."""
+    return cast(list[Any], value) if isinstance(value, list) else [value]
+
+
+def _fields(value: object, where: str, allowed: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """Read a mapping whose keys are known; note every key that is not."""
+    fields = _mapping(value)
+    if fields is None:
+        problems.append(f"{where} is {_show(value)}: give a mapping with {', '.join(allowed)}")
+        return {}
+    for key in fields:
+        if key not in allowed:
+            problems.append(f"{where} has an unknown key '{key}'.{suggest(str(key), allowed)}".rstrip("."))
+    return fields
+
+
+def _text(top: Mapping[str, Any], key: str, problems: list[str], where: str = "") -> str:
+    value = top.get(key)
+    if not isinstance(value, str) or not value.strip():
+        problems.append(f"{key}{where and f' of {where}'} is {_show(value)}: give a line of text")
+        return ""
+    return " ".join(value.split())
+
+
+def _recipes(top: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
+    if ("recipe" in top) == ("recipes" in top):
+        problems.append("give either recipe (one path) or recipes (a list of paths)")
+        return ()
+    recipes = _list(top["recipe"] if "recipe" in top else top["recipes"])
+    if not recipes or not all(isinstance(recipe, str) for recipe in recipes):
+        problems.append(f"recipes is {_show(recipes)}: give paths of recipes")
+        return ()
+    problems.extend(f"recipe '{recipe}' is listed twice" for recipe, n in Counter(recipes).items() if n > 1)
+    problems.extend(
+        f"recipe '{recipe}' is not a file; paths are seen from the current folder, '{Path.cwd()}'"
+        for recipe in recipes
+        if not Path(recipe).is_file()
+    )
+    return tuple(recipes)
+
+
+def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> tuple[Method, ...]:
+    blocks = _mapping(value)
+    if not blocks:
+        problems.append(f"methods is {_show(value)}: give a mapping from a name to its peft block and lr")
+        return ()
+    methods: list[Method] = []
+    for name, block in blocks.items():
+        where = f"method '{name}'"
+        _check_name(name, where, problems)
+        fields = _fields(block, where, _METHOD_KEYS, problems)
+        if not fields:
+            continue
+        peft = _fields(fields.get("peft"), f"peft of {where}", _PEFT_KEYS, problems)
+        if peft and not isinstance(peft.get("class_path"), str):
+            problems.append(f"peft of {where} has no class_path: name a method, as in 'class_path: LoRA'")
+        if _mapping(peft.get("init_args", {})) is None:
+            problems.append(f"init_args of {where} is {_show(peft['init_args'])}: give a mapping")
+        overrides = {**shared, **_overrides(fields.get("overrides"), f"overrides of {where}", problems)}
+        takers = _list(fields.get("lr_options", _LR_OPTION))
+        if not takers or not _are_options(takers):
+            problems.append(f"lr_options of {where} is {_show(takers)}: give options without dashes, as {_LR_OPTION}")
+        problems.extend(f"overrides of {where} set '{key}', which takes lr" for key in takers if str(key) in overrides)
+        rates = _rates(fields.get("lr"), where, problems)
+        methods.append(
+            Method(name=str(name), peft=peft, lrs=rates, lr_options=tuple(map(str, takers)), overrides=overrides)
+        )
+    return tuple(methods)
+
+
+def _check_name(name: object, where: str, problems: list[str]) -> None:
+    if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
+        problems.append(f"{where} cannot name a folder: use letters, digits, '_', '.', '+' and '-'")
+
+
+def _baselines(value: object, methods: Sequence[Method], problems: list[str]) -> tuple[str, ...]:
+    names = _list(value)
+    if not all(isinstance(name, str) for name in names):
+        problems.append(f"baselines is {_show(names)}: give names, as graft list baselines prints them")
+        return ()
+    for name, count in Counter(names).items():
+        _check_name(name, f"baseline '{name}'", problems)
+        if count > 1:
+            problems.append(f"baseline '{name}' is listed twice")
+        if name in [method.name for method in methods]:
+            problems.append(f"'{name}' is a baseline and a method: give the method another name")
+    return tuple(names)
+
+
+def _are_options(keys: Sequence[object]) -> bool:
+    return all(isinstance(key, str) and key and not key.startswith("-") for key in keys)
+
+
+def _seed_options(value: object, methods: Sequence[Method], problems: list[str]) -> tuple[str, ...]:
+    keys = _list(value)
+    if not _are_options(keys):
+        problems.append(f"seed_options is {_show(keys)}: give options of graft fit without dashes, as data.draw")
+        return ()
+    for key, count in Counter(map(str, keys)).items():
+        if count > 1:
+            problems.append(f"seed_options gives '{key}' twice")
+        if key in _RESERVED or key.startswith("peft."):
+            problems.append(f"seed_options has '{key}', which the study sets itself: use recipe, methods, lr and seeds")
+        for method in methods:
+            if key in method.overrides:
+                problems.append(f"overrides of method '{method.name}' set '{key}', which takes the seed")
+            if key in method.lr_options:
+                problems.append(f"lr_options of method '{method.name}' has '{key}', which takes the seed")
+    return tuple(map(str, keys))
+
+
+def _rates(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
+    rates = _list(value)
+    good = [rate for rate in rates if isinstance(rate, int | float) and not isinstance(rate, bool)]
+    if not rates or len(good) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in good):
+        problems.append(f"lr of {where} is {_show(value)}: give one or more numbers above 0, as in [1.0e-3]")
+        return ()
+    if len(set(good)) < len(good):
+        problems.append(f"lr of {where} is {_show(value)}: give each learning rate once")
+    return tuple(float(rate) for rate in good)
+
+
+def _overrides(value: object, where: str, problems: list[str]) -> dict[str, Any]:
+    if value is None:
+        return {}
+    options = _mapping(value)
+    if options is None:
+        problems.append(f"{where} is {_show(value)}: give a mapping from an option of graft fit to its value")
+        return {}
+    for key in options:
+        if not isinstance(key, str) or key.startswith("-"):
+            problems.append(f"{where} has the key {_show(key)}: write options without dashes, as trainer.max_epochs")
+        elif key in _RESERVED or key.startswith("peft."):
+            problems.append(f"{where} sets '{key}', which the study sets itself: use recipe, methods, lr and seeds")
+    return options
+
+
+def _integers(value: object, where: str, problems: list[str]) -> tuple[int, ...]:
+    numbers = _list(value)
+    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        problems.append(f"{where} is {_show(value)}: give whole numbers, 0 or more")
+        return ()
+    if len(set(numbers)) < len(numbers):
+        problems.append(f"{where} is {_show(value)}: give each number once")
+    return tuple(numbers)
