@@ -33,6 +33,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--methods", help="methods to compare on the recipes, as LoRA,BitFit,FullFineTune")
     parser.add_argument("--seeds", type=int, help="seeds of the final runs (default: 3)")
     parser.add_argument("--rates", action="append", help="learning rates of all methods, or as LoRA=1e-4,1e-3 of one")
+    parser.add_argument("--weight-decays", help="weight decays of all methods, each tried with each rate, as 0,0.05")
     parser.add_argument("--shots", help="amounts of training data, as 1,5,10,50%%,all")
     parser.add_argument("--set", action="append", metavar="OPTION=VALUE", help="option of graft fit, for all runs")
     parser.add_argument("--out", type=Path, help="folder for runs, table and report (default: the study's own)")
@@ -77,7 +78,8 @@ def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     from common.compare.expand import expand
 
     if args.methods is None:
-        given = [f"--{name}" for name in ("seeds", "rates", "shots", "set") if getattr(args, name) is not None]
+        options = ("seeds", "rates", "weight_decays", "shots", "set")
+        given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
         if given:
             raise GraftError(f"{', '.join(given)} without --methods. A study file says these itself.")
         if len(args.paths) > 1:
@@ -88,7 +90,7 @@ def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
 
 
 def _request(args: argparse.Namespace) -> Any:  # noqa: ANN401 (importing its type here would slow every verb)
-    from common.compare.expand import Request, parse_rates
+    from common.compare.expand import Request, parse_decays, parse_rates
     from common.methods import METHODS
 
     methods = [name.strip() for name in args.methods.split(",") if name.strip()]
@@ -111,6 +113,7 @@ def _request(args: argparse.Namespace) -> Any:  # noqa: ANN401 (importing its ty
         shots=[one.strip() for one in args.shots.split(",")] if args.shots else (),
         overrides=overrides,
         out=args.out or Path("runs") / "compare",
+        weight_decays=parse_decays(args.weight_decays) if args.weight_decays else (),
     )
 
 

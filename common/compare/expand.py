@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Request:
         shots: Amounts of training data: numbers, percentages and `all`; none for the recipe's own.
         overrides: Further options of `graft fit`, for all runs.
         out: The folder of runs, tables and the report.
+        weight_decays: Weight decays of all methods, each tried with each rate; none for the recipes' own.
     """
 
     recipes: Sequence[str]
@@ -53,6 +55,7 @@ class Request:
     shots: Sequence[str]
     overrides: Mapping[str, Any]
     out: Path
+    weight_decays: tuple[float, ...] = ()
 
 
 def expand(request: Request, shots_of: Callable[[str], Shots]) -> list[Study]:
@@ -108,6 +111,21 @@ def parse_rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, tuple
     return found
 
 
+def parse_decays(text: str) -> tuple[float, ...]:
+    """Read `0,0.05`.
+
+    Raises:
+        GraftError: If one is no finite number of 0 or above, or stands twice.
+    """
+    try:
+        decays = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        decays = ()
+    if not decays or not all(0 <= decay < math.inf for decay in decays) or len(set(decays)) < len(decays):
+        raise GraftError(f"--weight-decays {text} is not understood. Give different numbers, 0 or above, as in 0,0.05.")
+    return decays
+
+
 def _rates(request: Request) -> dict[str, tuple[float, ...]]:
     """Give every method its rates, the same number to all."""
     general = request.rates.get("")
@@ -131,8 +149,15 @@ def _study(
 ) -> Study:
     overrides = {**request.overrides, **options}
     methods = [
-        Method(name=n, peft=_peft(content, n), lrs=rates[n], lr_options=takers_of(n), overrides=overrides)
-        for n in request.methods
+        Method(
+            name=name,
+            peft=_peft(content, name),
+            lrs=rates[name],
+            lr_options=takers_of(name),
+            overrides=overrides,
+            weight_decays=request.weight_decays,
+        )
+        for name in request.methods
     ]
     return Study(
         title=f"{', '.join(request.methods)}",

@@ -12,7 +12,7 @@ from common.compare.ledger import Ledger, digests_of
 from common.compare.results import Run, choose
 
 CHECKS = (
-    "the validation split alone chose each learning rate",
+    "the validation split alone chose each learning rate and weight decay",
     "the test split was read once for each run in the results, and for no other",
     "no seed or rate that was tested is left out",
     "no test or validation example stands in another split",
@@ -75,13 +75,13 @@ def _selection(block: Block) -> Iterator[Finding]:
     """Choose again by the validation results, and compare."""
     for method in block.study.methods:
         own = [run for run in block.runs if run.trial.method == method.name]
-        tuned = [run for run in own if run.trial.seed == block.study.tune_seed and run.trial.lr in method.lrs]
-        best, rates = choose(tuned), {run.trial.lr for run in own if run.chosen}
-        if best is not None and rates and rates != {best.trial.lr}:
-            told = ", ".join(f"{rate:g}" for rate in sorted(rate for rate in rates if rate is not None))
+        tuned = [run for run in own if run.trial.seed == block.study.tune_seed and run.trial.setting in method.settings]
+        best, chosen = choose(tuned), {run.trial.setting for run in own if run.chosen}
+        if best is not None and best.trial.setting and chosen and chosen != {best.trial.setting}:
+            told = " and ".join(sorted(setting.words for setting in chosen if setting is not None))
             yield _broken(
                 f"{block.label}, {method.name}: the results are of rate {told}, the validation split chooses "
-                f"{best.trial.lr:g}"
+                f"{best.trial.setting.words}"
             )
 
 

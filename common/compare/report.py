@@ -18,7 +18,7 @@ from common.compare.evidence import COSTS, Block, Standing
 from common.compare.integrity import CHECKS, Finding
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
 from common.compare.study import Study, Trial
-from common.compare.summary import Summary, overview, summarise
+from common.compare.summary import Summary, offered, overview, summarise
 from common.compare.tables import NOTHING, amount, columns, share
 
 _TEMPLATE = "report.html.j2"
@@ -44,9 +44,9 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """One learning rate of a method's grid and what came of it (`word` says it, `kind` is its looks)."""
+    """One setting of a method's grid and what came of it (`word` says it, `kind` is its looks)."""
 
-    lr: str
+    setting: str
     word: str
     kind: str
 
@@ -62,7 +62,7 @@ class Section:
     recipe: str
     facts: str
     primary: str
-    tune_seed: int
+    tuned: str
     seed: int
     untrained: str
     summary: Summary
@@ -144,7 +144,7 @@ def _section(block: Block, ident: str) -> Section:
         recipe=block.recipe,
         facts=_facts(seen),
         primary=next((row.primary.replace("_", " ") for row in rows if row.primary), ""),
-        tune_seed=study.tune_seed,
+        tuned=_protocol(study, rows),
         seed=study.seeds[0],
         untrained=", ".join(row.method for row in rows if row.baseline),
         summary=summarise(rows, runs, block.comparison),
@@ -255,25 +255,44 @@ def _bars(rows: Sequence[Row]) -> list[Bar]:
 
 
 def _tuning(study: Study, runs: Sequence[Run]) -> list[tuple[str, tuple[Tried, ...]]]:
-    """Every learning rate that was tried for each method, losers and failures included."""
+    """Every setting that was tried for each method, losers and failures included."""
     lists: list[tuple[str, tuple[Tried, ...]]] = []
     for method in study.methods:
         own = [run for run in runs if run.trial.method == method.name]
-        winners = {run.trial.lr for run in own if run.chosen}
-        tuned = [run for run in own if run.trial.seed == study.tune_seed and run.trial.lr in method.lrs]
-        lists.append((method.name, tuple(_tried(run, run.trial.lr in winners) for run in tuned)))
+        winners = {run.trial.setting for run in own if run.chosen}
+        tuned = [run for run in own if run.trial.seed == study.tune_seed and run.trial.setting in method.settings]
+        lists.append((method.name, tuple(_tried(run, run.trial.setting in winners) for run in tuned)))
     return lists
 
 
+def _protocol(study: Study, rows: Sequence[Row]) -> str:
+    """Say how settings were chosen, and whether every method had as many to choose from."""
+    trained = [row for row in rows if not row.baseline]
+    name = next((row.primary.replace("_", " ") for row in rows if row.primary), "primary metric")
+    counts = sorted({row.settings for row in trained})
+    words = offered(trained)
+    if len(counts) == 1:
+        fair = f"Every method had the same number of {words} to choose from: {counts[0]}."
+    else:
+        told = ", ".join(f"{row.method} {row.settings}" for row in trained)
+        fair = f"The methods had different numbers of {words} to choose from, and more are an advantage: {told}."
+    return (
+        f"{fair} Each was tried with seed {study.tune_seed}; the best {name} on the validation split was chosen. "
+        "The test split was touched by the chosen runs only."
+    )
+
+
 def _tried(run: Run, winner: bool) -> Tried:
-    lr = f"{run.trial.lr:g}"
+    setting = run.trial.setting.words if run.trial.setting else ""
     if run.metrics is None or not run.metrics.fitted:
         code = f", exit code {run.failure.code}" if run.failure else ""
-        return Tried(lr=lr, word=f"failed{code}", kind="failed")
+        return Tried(setting=setting, word=f"failed{code}", kind="failed")
     score = run.metrics.score
     if score is None:
-        return Tried(lr=lr, word="diverged", kind="failed")
-    return Tried(lr=lr, word=f"{score:.3f}{', chosen' if winner else ''}", kind="chosen" if winner else "lost")
+        return Tried(setting=setting, word="diverged", kind="failed")
+    return Tried(
+        setting=setting, word=f"{score:.3f}{', chosen' if winner else ''}", kind="chosen" if winner else "lost"
+    )
 
 
 def _environment(runs: Sequence[Run]) -> dict[str, str]:

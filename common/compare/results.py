@@ -69,7 +69,7 @@ class Run:
     Attributes:
         trial: The trial.
         metrics: What it wrote; None where the fit failed.
-        chosen: Whether it counts in the results (as against a learning rate that was not chosen).
+        chosen: Whether it counts in the results (as against a setting that was not chosen).
         failure: Why it failed, if it did.
     """
 
@@ -123,6 +123,8 @@ class Row:
         test: Each metric on the test split.
         cost: Numbers by their name in metrics.json; times are means over the seeds, memory parts are `memory_<part>`.
         failed: How many of its runs failed.
+        decays: The weight decays it could choose from; none where it has the recipe's.
+        weight_decay: The chosen weight decay; None where it has the recipe's.
     """
 
     recipe: str
@@ -138,6 +140,13 @@ class Row:
     test: Mapping[str, Spread]
     cost: Mapping[str, float]
     failed: int
+    decays: tuple[float, ...] = ()
+    weight_decay: float | None = None
+
+    @property
+    def settings(self) -> int:
+        """How many settings it could choose from."""
+        return len(self.grid) * max(1, len(self.decays))
 
     @property
     def quality(self) -> Spread | None:
@@ -219,7 +228,7 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
     """Make the row of a method, or of a baseline given by its name."""
     tested = [(r.trial, r.metrics) for r in runs if r.chosen and not r.failure and r.metrics and r.metrics.test]
     seen = [metrics for _, metrics in tested]
-    chosen = next((run.trial.lr for run in runs if run.chosen), None)
+    chosen = next((run.trial.setting for run in runs if run.chosen), None)
     cost = _cost([metrics.cost for metrics in seen])
     method = None if isinstance(one, str) else one
     return Row(
@@ -228,7 +237,7 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
         baseline=method is None,
         full=method is not None and str(method.peft["class_path"]).rsplit(".", 1)[-1] == FULL_FINE_TUNING,
         grid=method.lrs if method else (),
-        lr=chosen,
+        lr=chosen.lr if chosen else None,
         seeds=tuple(trial.seed for trial, _ in tested),
         primary=seen[0].primary if seen else "",
         mode=seen[0].mode if seen else "max",
@@ -237,6 +246,8 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
         # A baseline's zeros would win every comparison of what training costs.
         cost=cost if method else {name: value for name, value in cost.items() if value > 0},
         failed=sum(run.failure is not None for run in runs),
+        decays=method.weight_decays if method else (),
+        weight_decay=chosen.weight_decay if chosen else None,
     )
 
 

@@ -147,17 +147,17 @@ class _Session:
         return [replace(run, chosen=run.trial.folder in folders) for run in runs]
 
     def _winners(self, tuned: Sequence[Run]) -> list[Trial]:
-        """The runs with the chosen learning rates: the tuned one and the seeds still to fit."""
+        """The runs with the chosen settings: the tuned one and the seeds still to fit."""
         winners: list[Trial] = []
         for recipe in self.study.recipes:
             for method in self.study.methods:
                 own = [run for run in tuned if (run.trial.recipe, run.trial.method) == (recipe, method.name)]
                 best = choose(own)
-                lr = best.trial.lr if best else None
-                if lr is None:
+                setting = best.trial.setting if best else None
+                if setting is None:
                     continue
                 seeds = dict.fromkeys((self.study.tune_seed, *self.study.seeds))
-                winners += [self.study.trial(recipe, method, lr, seed) for seed in seeds]
+                winners += [self.study.trial(recipe, method, setting, seed) for seed in seeds]
         return winners
 
     def _fit(self, trials: Sequence[Trial], stage: str) -> list[Run]:
@@ -228,7 +228,7 @@ class _Session:
             (trial.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
 
     def _title(self, trial: Trial) -> str:
-        rate = "" if trial.lr is None else f" lr {trial.lr:g}"
+        rate = "" if trial.setting is None else f" lr {trial.setting.words}"
         return f"{self.study.labels[trial.recipe]} {trial.method}{rate} seed {trial.seed}"
 
     def _say(self, line: str) -> None:

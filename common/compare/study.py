@@ -1,9 +1,10 @@
 """A study: which methods, learning rates, seeds and recipes are compared, and the trials that follow from it.
 
-A trial is one run of `graft fit`: a recipe, a method, a learning rate and a seed; or one of `graft baseline`: a recipe,
-a predictor that is not trained and a seed. It is described by its command line and its run folder,
-`RUNS/<recipe>/<method>/lr-<lr>-seed-<seed>` or `RUNS/<recipe>/<baseline>/seed-<seed>`, and by nothing else. RUNS is the
-study's output folder, unless the file says `runs`: two studies with the same `runs` share what they have in common.
+A trial is one run of `graft fit`: a recipe, a method, a learning rate (and a weight decay, where one is chosen too) and
+a seed; or one of `graft baseline`: a recipe, a predictor that is not trained and a seed. It is described by its command
+line and its run folder, and by nothing else. Run folders are `RUNS/<recipe>/<method>/lr-<lr>-seed-<seed>`,
+`.../lr-<lr>-decay-<decay>-seed-<seed>` and `RUNS/<recipe>/<baseline>/seed-<seed>`. RUNS is the study's output folder,
+unless the file says `runs`: two studies with the same `runs` share what they have in common.
 """
 
 from __future__ import annotations
@@ -15,10 +16,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+DECAY_OPTION = "model.optim.weight_decay"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a method is tuned by: a learning rate, and a weight decay where the method has any to choose from."""
+
+    lr: float
+    weight_decay: float | None = None
+
+    @property
+    def words(self) -> str:
+        """The setting as people read it."""
+        return f"{self.lr:g}" if self.weight_decay is None else f"{self.lr:g}, decay {self.weight_decay:g}"
+
+    @property
+    def folder(self) -> str:
+        """The setting in the name of a run folder."""
+        return f"lr-{self.lr!r}" if self.weight_decay is None else f"lr-{self.lr!r}-decay-{self.weight_decay!r}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to fine-tune: a `peft:` block and the learning rates to choose from.
+    """One way to fine-tune: a `peft:` block and the settings to choose from.
 
     Attributes:
         name: The name in tables, plots and folders.
@@ -26,6 +47,7 @@ class Method:
         lrs: The learning rates, chosen from on the validation split.
         lr_options: The options of `graft fit` that take the learning rate.
         overrides: Further options of `graft fit`, those of the study included.
+        weight_decays: The weight decays, each tried with each learning rate; none for the recipe's own.
     """
 
     name: str
@@ -33,6 +55,12 @@ class Method:
     lrs: tuple[float, ...]
     lr_options: tuple[str, ...]
     overrides: Mapping[str, Any]
+    weight_decays: tuple[float, ...] = ()
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """What is chosen from on the validation split: every learning rate with every weight decay."""
+        return tuple(Setting(lr=lr, weight_decay=decay) for lr in self.lrs for decay in self.weight_decays or (None,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +74,7 @@ class Trial:
         seed: The seed.
         folder: The run folder.
         options: The command line of the fit or baseline, without the run folder.
+        weight_decay: The weight decay; None for the recipe's own.
     """
 
     recipe: str
@@ -54,6 +83,12 @@ class Trial:
     seed: int
     folder: Path
     options: tuple[str, ...]
+    weight_decay: float | None = None
+
+    @property
+    def setting(self) -> Setting | None:
+        """What its method was tuned by; None for a baseline."""
+        return None if self.lr is None else Setting(lr=self.lr, weight_decay=self.weight_decay)
 
     @property
     def baseline(self) -> bool:
@@ -114,14 +149,24 @@ class Study:
     seed_options: tuple[str, ...]
     part: Part | None = None
 
-    def trial(self, recipe: str, method: Method, lr: float, seed: int) -> Trial:
+    def trial(self, recipe: str, method: Method, setting: Setting, seed: int) -> Trial:
         """Describe one run of this study."""
         options = ["fit", "--config", recipe, "--peft", json.dumps(method.peft), *self._seeded(seed)]
         for key in method.lr_options:
-            options += [f"--{key}", repr(lr)]
+            options += [f"--{key}", repr(setting.lr)]
+        if setting.weight_decay is not None:
+            options += [f"--{DECAY_OPTION}", repr(setting.weight_decay)]
         options += _options(method.overrides)
-        folder = self.runs / self.labels[recipe] / method.name / f"lr-{lr!r}-seed-{seed}"
-        return Trial(recipe=recipe, method=method.name, lr=lr, seed=seed, folder=folder, options=tuple(options))
+        folder = self.runs / self.labels[recipe] / method.name / f"{setting.folder}-seed-{seed}"
+        return Trial(
+            recipe=recipe,
+            method=method.name,
+            lr=setting.lr,
+            seed=seed,
+            folder=folder,
+            options=tuple(options),
+            weight_decay=setting.weight_decay,
+        )
 
     def untrained(self) -> list[Trial]:
         """The runs of the baselines: every recipe, baseline and seed."""
@@ -143,21 +188,21 @@ class Study:
         return [word for key in ("seed_everything", *self.seed_options) for word in (f"--{key}", str(seed))]
 
     def tuning(self) -> list[Trial]:
-        """The runs that choose the learning rates: every recipe, method and rate, at `tune_seed`."""
+        """The runs that choose the settings: every recipe, method and setting, at `tune_seed`."""
         return [
-            self.trial(recipe, method, lr, self.tune_seed)
+            self.trial(recipe, method, setting, self.tune_seed)
             for recipe in self.recipes
             for method in self.methods
-            for lr in method.lrs
+            for setting in method.settings
         ]
 
     def possible(self) -> list[Trial]:
-        """Every run that this study may come to need, whichever learning rates are chosen."""
+        """Every run that this study may come to need, whichever settings are chosen."""
         trained = [
-            self.trial(recipe, method, lr, seed)
+            self.trial(recipe, method, setting, seed)
             for recipe in self.recipes
             for method in self.methods
-            for lr in method.lrs
+            for setting in method.settings
             for seed in dict.fromkeys((self.tune_seed, *self.seeds))
         ]
         return [*self.untrained(), *trained]

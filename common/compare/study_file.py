@@ -6,6 +6,8 @@
     methods: {LoRA: {peft: {class_path: LoRA}, lr: [1e-3, 3e-3]}, ...}
     seeds: [0, 1, 2]
 
+A method may say `weight_decay: [0, 0.05]` beside its `lr`: each decay is tried with each rate, and a pair is chosen.
+
 One report on sets that differ in more than the recipe has parts. A part says of these keys what is its own; what it
 does not say it has from the file, and its overrides add to the file's:
 
@@ -28,13 +30,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from common._yaml import load_yaml
-from common.compare.study import Method, Part, Study, label_recipes
+from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipes
 from common.errors import GraftError, suggest
 
 _PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
 _PART_KEYS += ("tune_seed", "seed_options")
 _STUDY_KEYS = (*_PART_KEYS, "out", "runs", "parts")
-_METHOD_KEYS = ("peft", "lr", "lr_options", "overrides")
+_METHOD_KEYS = ("peft", "lr", "lr_options", "weight_decay", "overrides")
 _PEFT_KEYS = ("class_path", "init_args")
 # What the study decides itself, so that an override can never contradict the folder's name.
 _RESERVED = ("config", "run", "resume", "peft", "seed_everything")
@@ -201,9 +203,18 @@ def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> t
         if not takers or not _are_options(takers):
             problems.append(f"lr_options of {where} is {_show(takers)}: give options without dashes, as {_LR_OPTION}")
         problems.extend(f"overrides of {where} set '{key}', which takes lr" for key in takers if str(key) in overrides)
-        rates = _rates(fields.get("lr"), where, problems)
+        decays = _decays(fields["weight_decay"], where, problems) if "weight_decay" in fields else ()
+        if decays and DECAY_OPTION in (*overrides, *takers):
+            problems.append(f"{where} gives weight_decay and sets '{DECAY_OPTION}' too")
         methods.append(
-            Method(name=str(name), peft=peft, lrs=rates, lr_options=tuple(map(str, takers)), overrides=overrides)
+            Method(
+                name=str(name),
+                peft=peft,
+                lrs=_rates(fields.get("lr"), where, problems),
+                lr_options=tuple(map(str, takers)),
+                overrides=overrides,
+                weight_decays=decays,
+            )
         )
     return tuple(methods)
 
@@ -249,15 +260,32 @@ def _seed_options(value: object, methods: Sequence[Method], problems: list[str])
     return tuple(map(str, keys))
 
 
+def _numbers(values: Sequence[object]) -> list[float] | None:
+    """Read finite numbers; None where there is none, or one is something else."""
+    good = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
+    return good if good and len(good) == len(values) else None
+
+
+def _decays(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
+    good = _numbers(_list(value))
+    if good is None or min(good) < 0:
+        problems.append(
+            f"weight_decay of {where} is {_show(value)}: give one or more numbers, 0 or above, as in [0, 0.05]"
+        )
+        return ()
+    if len(set(good)) < len(good):
+        problems.append(f"weight_decay of {where} is {_show(value)}: give each weight decay once")
+    return tuple(good)
+
+
 def _rates(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
-    rates = _list(value)
-    good = [rate for rate in rates if isinstance(rate, int | float) and not isinstance(rate, bool)]
-    if not rates or len(good) < len(rates) or not all(math.isfinite(rate) and rate > 0 for rate in good):
+    good = _numbers(_list(value))
+    if good is None or min(good) <= 0:
         problems.append(f"lr of {where} is {_show(value)}: give one or more numbers above 0, as in [1.0e-3]")
         return ()
     if len(set(good)) < len(good):
         problems.append(f"lr of {where} is {_show(value)}: give each learning rate once")
-    return tuple(float(rate) for rate in good)
+    return tuple(good)
 
 
 def _overrides(value: object, where: str, problems: list[str]) -> dict[str, Any]:

@@ -200,16 +200,25 @@ def _failures(rows: Sequence[Row], runs: Sequence[Run]) -> list[str]:
 
 def _tuning(rows: Sequence[Row]) -> list[str]:
     lines: list[str] = []
-    if len({len(row.grid) for row in rows}) > 1:
-        counts = _listed([f"{row.method} {len(row.grid)}" for row in rows])
-        lines.append(f"Not every method had the same number of learning rates to choose from ({counts}).")
+    if len({row.settings for row in rows}) > 1:
+        counts = _listed([f"{row.method} {row.settings}" for row in rows])
+        lines.append(f"Not every method had the same number of {offered(rows)} to choose from ({counts}).")
     ends = [
         row for row in rows if row.lr is not None and len(row.grid) > 1 and row.lr in (min(row.grid), max(row.grid))
     ]
     if ends:
         rates = _listed([f"{row.method} ({row.lr:g})" for row in ends])
         lines.append(f"At an end of the learning rates on offer, so that a better one may lie beyond: {rates}.")
+    most = [row for row in rows if row.weight_decay is not None and row.weight_decay == max(row.decays, default=None)]
+    heavy = [f"{row.method} ({row.weight_decay:g})" for row in most if len(row.decays) > 1]
+    if heavy:
+        lines.append(f"At the upper end of the weight decays on offer: {_listed(heavy)}.")
     return lines
+
+
+def offered(rows: Sequence[Row]) -> str:
+    """Name what methods could choose from."""
+    return "settings (learning rate and weight decay)" if any(row.decays for row in rows) else "learning rates"
 
 
 def _chance(ranked_rows: Sequence[tuple[Row, Spread]], compared: Comparison, runs: Sequence[Run]) -> list[str]:

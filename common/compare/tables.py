@@ -112,6 +112,7 @@ def columns(rows: Sequence[Row], comparison: Comparison | None, *, every_metric:
         Column(title="Seeds", text=lambda row: str(len(row.seeds)), value=lambda row: len(row.seeds)),
         Column(title="Val", text=lambda row: quality(row.val), value=lambda row: row.val.mean if row.val else None),
         Column(title="lr", text=lambda row: f"{row.lr:g}" if row.lr else NOTHING, value=lambda row: row.lr),
+        *([_decay()] if any(row.decays for row in rows) else []),
         _cost("Trainable", "params_trainable", amount),
         _cost("%", "trainable_percent", percent),
         _cost("Train memory", "memory_total", lambda value: amount(value, "B")),
@@ -164,9 +165,9 @@ def write_markdown(
 
 def _note(blocks: Sequence[Block]) -> str:
     note = (
-        "Test metrics: mean ± sample standard deviation over the seeds (none for a single seed); learning rates were "
-        "chosen on the validation split. Val is the primary metric there. Memory: weights, gradients, optimizer "
-        "state and saved activations of a training step."
+        "Test metrics: mean ± sample standard deviation over the seeds (none for a single seed); learning rates (and "
+        "weight decays, where a method has any to choose from) were chosen on the validation split. Val is the primary "
+        "metric there. Memory: weights, gradients, optimizer state and saved activations of a training step."
     )
     rows = [row for block in blocks for row in block.rows]
     compared = [block.comparison for block in blocks if block.comparison]
@@ -235,6 +236,8 @@ def _record(row: Row, metrics: Sequence[str]) -> dict[str, object]:
         "failed_runs": row.failed,
         "primary": row.primary,
         "mode": row.mode,
+        "weight_decay": row.weight_decay,
+        "settings": row.settings,
         "val_primary_mean": row.val.mean if row.val else None,
         "val_primary_std": row.val.std if row.val else None,
     }
@@ -308,6 +311,13 @@ def _metric(name: str) -> Column:
 
 def _cost(title: str, key: str, write: Callable[[float | None], str]) -> Column:
     return Column(title=title, text=lambda row: write(row.cost.get(key)), value=lambda row: row.cost.get(key))
+
+
+def _decay() -> Column:
+    def text(row: Row) -> str:
+        return NOTHING if row.weight_decay is None else f"{row.weight_decay:g}"
+
+    return Column(title="Weight decay", text=text, value=lambda row: row.weight_decay)
 
 
 def _failures() -> Column:

@@ -38,10 +38,12 @@ def started(tmp_path, monkeypatch):
 def test_options_become_studies(started):
     words = (
         "compare a.yaml --methods LoRA,BitFit --seeds 2 --rates 1e-3 --shots 1,all --set trainer.max_epochs=2 --out o"
+        " --weight-decays 0,0.1"
     )
     assert run(words.split(), DOMAINS) == 0
     first, second = started
     assert [method.name for method in first.methods] == ["LoRA", "BitFit"]
+    assert [setting.weight_decay for setting in first.methods[1].settings] == [0, 0.1]
     assert (first.seeds, first.methods[0].lrs, first.out) == ((0, 1), (1e-3,), Path("o"))
     assert first.overrides == {"trainer.max_epochs": "2", "data.shots": 1}
     assert second.overrides["data.shots"] is None
@@ -60,6 +62,7 @@ def test_the_datas_own_option_is_found_in_its_class_or_its_bases(started, name, 
     [
         ("a.yaml b.yaml", "Several files without --methods"),
         ("a.yaml --seeds 2 --shots 1", "--seeds, --shots without --methods"),
+        ("a.yaml --weight-decays 0", "--weight-decays without --methods"),
         ("a.yaml --methods Lora", "Unknown method 'Lora'. Did you mean 'LoRA'?"),
         ("a.yaml --methods LoRA,LoRA", "names a method twice or none"),
         ("a.yaml --methods LoRA --set epochs", "--set epochs is not understood"),

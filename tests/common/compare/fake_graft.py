@@ -5,7 +5,7 @@ The world: {"val": {method: {lr: number}}, "test": {method: {seed: number}}, "fa
 "rows": {method: [row of predictions.jsonl, ...]}, "mode": "max", "shared": {"train-test": n}, "garbage": {method: what
 stands in metrics.json}, "named_splits": whether the test split is told by `data.name`}.
 The accuracy is that of the answers, where there are any; then every seed's is.
-Every call is noted in calls.jsonl, beside it.
+A trial with a weight decay is "lr decay" under "val". Every call is noted in calls.jsonl, beside it.
 A baseline has no learning rate: it is "-" in the lists, and "val" has its number instead of rates.
 """
 
@@ -70,7 +70,7 @@ def main() -> int:
 
 def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed: int, options: dict) -> dict:
     method = peft["class_path"]
-    measured = world["val"][method]
+    measured, decay = world["val"][method], options.get("--model.optim.weight_decay")
     share = {"FullFineTune": 1.0, "LoRA": 0.0067, "BitFit": 0.0024, "LinearProbe": 0.00026}.get(method, 0.005)
     params = 22_056_576
     parts = {
@@ -90,7 +90,11 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed:
         "seed": seed,
         "primary": {"name": "accuracy", "mode": world.get("mode", "max")},
         "status": "fitted",
-        "val": {"accuracy": measured if lr is None else measured[f"{lr:g}"], "macro_f1": 0.5, "loss": 1.0},
+        "val": {
+            "accuracy": measured if lr is None else measured[f"{lr:g}" if decay is None else f"{lr:g} {decay}"],
+            "macro_f1": 0.5,
+            "loss": 1.0,
+        },
         "test": None,
         "cost": {"params_total": None, "params_trainable": 0, "trainable_percent": 0.0, "train_memory": None}
         | {"flops_per_step": None, "step_seconds": None, "steps": 0, "fit_seconds": 7.0 + seed, "adapter_bytes": None}

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from common.compare import load_studies, run_studies
-from common.compare.expand import Request, Shots, expand, parse_rates
+from common.compare.expand import Request, Shots, expand, parse_decays, parse_rates
 from common.compare.rates import RATES, rates_of
 from common.errors import GraftError
 from common.methods import METHODS
@@ -128,6 +128,17 @@ def test_what_cannot_be_compared_fairly_or_at_all_is_refused(request_of, changes
 def test_every_method_is_offered_as_many_rates_as_the_others():
     assert {len(rates_of(name)) for name in METHODS} == {3}
     assert set(RATES) <= set(METHODS)
+
+
+def test_every_method_is_offered_each_weight_decay_with_each_rate(request_of):
+    plain, tuned = (
+        expand(one, lambda _: BOTH)[0] for one in (request_of, replace(request_of, weight_decays=(0.0, 0.1)))
+    )
+    assert {len(method.settings) for method in tuned.methods} == {2 * len(plain.methods[0].settings)}
+    assert parse_decays("0,0.1") == (0.0, 0.1)
+    for wrong in ("-1", "0,0", "inf", "much", "0,"):
+        with pytest.raises(GraftError, match="--weight-decays"):
+            parse_decays(wrong)
 
 
 def test_rates_are_of_all_methods_or_of_one():

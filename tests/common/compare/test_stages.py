@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -16,6 +17,10 @@ from filelock import FileLock
 from common.errors import GraftError
 
 REPO = Path(__file__).parents[3]
+
+
+def tests(path):
+    return json.loads(path.read_text())["test"]
 
 
 def kinds(world):
@@ -43,6 +48,36 @@ def test_the_rate_is_chosen_on_validation_even_where_the_test_split_would_choose
     lost = json.loads((world.out / "recipe/LoRA/lr-0.003-seed-0/metrics.json").read_text())
     assert lost["test"] is None
     assert {call[2] for call in kinds(world) if call[:2] == ("test", "LoRA")} == {"0.001"}
+
+
+def test_rate_and_weight_decay_are_chosen_together_and_the_report_says_from_how_many(world):
+    world.write(
+        (world.folder / "study.yaml")
+        .read_text()
+        .replace("lr: [1e-5, 5e-5]", "lr: [1e-5, 5e-5], weight_decay: [0, 0.05]")
+    )
+    full = {"1e-05 0.0": 0.5, "1e-05 0.05": 0.9, "5e-05 0.0": 0.7, "5e-05 0.05": 0.6}
+    world.measure(val={"LoRA": {"0.0003": 0.70, "0.001": 0.74, "0.003": 0.72}, "FullFineTune": full})
+    assert world.run() == 0, world.output
+    tested = {path.parent.name for path in world.out.glob("recipe/FullFineTune/*/metrics.json") if tests(path)}
+    assert tested == {f"lr-1e-05-decay-0.05-seed-{seed}" for seed in (0, 1, 2)}
+    report = (world.out / "report.html").read_text()
+    words = "different numbers of settings (learning rate and weight decay) to choose from, and more are an advantage: "
+    assert f"{words}LoRA 3, FullFineTune 4." in report
+    assert "1e-05, decay 0.05: 0.900, chosen" in report
+    with (world.out / "results.csv").open() as file:
+        rows = {row["method"]: (row["lr"], row["weight_decay"], row["settings"]) for row in csv.DictReader(file)}
+    assert rows == {"LoRA": ("0.001", "", "3"), "FullFineTune": ("1e-05", "0.05", "4")}
+    world.write(
+        (world.folder / "study.yaml")
+        .read_text()
+        .replace("lr: [3e-4, 1e-3, 3e-3]", "lr: [1e-3, 3e-3], weight_decay: [0, 0.05]")
+    )
+    lora = {f"{lr} {decay}": 0.7 for lr in ("0.001", "0.003") for decay in ("0.0", "0.05")}
+    world.measure(val={"LoRA": lora, "FullFineTune": full})
+    assert world.run(out=Path("even")) == 0
+    even = Path("even/report.html").read_text()
+    assert "Every method had the same number of settings (learning rate and weight decay) to choose from: 4." in even
 
 
 def test_less_is_better_where_the_run_says_so(world):

@@ -77,6 +77,27 @@ def test_the_learning_rate_goes_where_the_method_says(world):
     assert [words[words.index(f"--model.optim.{key}") + 1] for key in ("head_lr", "lr")] == ["1e-05", "1e-05"]
 
 
+def test_each_weight_decay_is_tried_with_each_rate_and_a_method_without_keeps_its_folders(world):
+    text = (world.folder / "study.yaml").read_text()
+    world.write(text.replace("lr: [1e-5, 5e-5]", "lr: [1e-5, 5e-5], weight_decay: [0, 0.05]"))
+    lora, full = load_studies(Path("study.yaml"))[0].methods
+    assert [(setting.lr, setting.weight_decay) for setting in lora.settings] == [
+        (3e-4, None),
+        (1e-3, None),
+        (3e-3, None),
+    ]
+    assert {(setting.lr, setting.weight_decay) for setting in full.settings} == {
+        (lr, decay) for lr in (1e-5, 5e-5) for decay in (0.0, 0.05)
+    }
+    trials = load_studies(Path("study.yaml"))[0].tuning()
+    assert len(trials) == len({trial.folder for trial in trials}) == 3 + 4
+    words = trials[-1].options
+    assert words[words.index("--model.optim.weight_decay") + 1] == "0.05"
+    assert trials[-1].folder.name == "lr-5e-05-decay-0.05-seed-0"
+    assert "--model.optim.weight_decay" not in trials[0].options
+    assert trials[0].folder.name == "lr-0.0003-seed-0"
+
+
 def test_baselines_have_a_trial_for_each_recipe_and_seed_without_rate_or_tuning(world):
     Path("other.yaml").write_text("{}")
     text = (
