@@ -19,7 +19,7 @@ from common.compare.integrity import CHECKS, Finding
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
 from common.compare.study import Study, Trial
 from common.compare.summary import Summary, offered, overview, summarise
-from common.compare.tables import NOTHING, amount, columns, share
+from common.compare.tables import NOTHING, WORST, amount, columns, share
 
 _TEMPLATE = "report.html.j2"
 _UNITS = {"B": "bytes", "s": "seconds"}
@@ -63,6 +63,7 @@ class Section:
     facts: str
     primary: str
     tuned: str
+    worst: str
     seed: int
     untrained: str
     summary: Summary
@@ -145,6 +146,7 @@ def _section(block: Block, ident: str) -> Section:
         facts=_facts(seen),
         primary=next((row.primary.replace("_", " ") for row in rows if row.primary), ""),
         tuned=_protocol(study, rows),
+        worst=WORST if any(row.worst for row in rows) else "",
         seed=study.seeds[0],
         untrained=", ".join(row.method for row in rows if row.baseline),
         summary=summarise(rows, runs, block.comparison),

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from common.compare.examples import read_rows
 from common.compare.study import Method, Study, Trial
+from common.compare.worst import Worst, worst_class
 from common.errors import GraftError
 
 SCHEMA = 1
@@ -125,6 +127,7 @@ class Row:
         failed: How many of its runs failed.
         decays: The weight decays it could choose from; none where it has the recipe's.
         weight_decay: The chosen weight decay; None where it has the recipe's.
+        worst: Its worst class on the test split, over the seeds; None where there are no numbers by class.
     """
 
     recipe: str
@@ -142,6 +145,7 @@ class Row:
     failed: int
     decays: tuple[float, ...] = ()
     weight_decay: float | None = None
+    worst: Worst | None = None
 
     @property
     def settings(self) -> int:
@@ -248,6 +252,11 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
         failed=sum(run.failure is not None for run in runs),
         decays=method.weight_decays if method else (),
         weight_decay=chosen.weight_decay if chosen else None,
+        worst=worst_class(
+            [read_rows(trial.folder) for trial, _ in tested],
+            [metrics.test or {} for metrics in seen],
+            next((known for metrics in seen if isinstance(known := metrics.data.get("classes"), list)), []),
+        ),
     )
 
 

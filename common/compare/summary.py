@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from common.compare.evidence import COSTS, Comparison, Standing, weigh
 from common.compare.results import Row, Run, Spread
@@ -62,6 +63,7 @@ def summarise(rows: Sequence[Row], runs: Sequence[Run], comparison: Comparison |
             *_fronts([row for row, _ in known], compared),
             *_cheapest([row for row, _ in known]),
             *_calibration(known, compared),
+            *_worst(ranked_rows),
         ),
         cautions=(
             *_failures(rows, runs),
@@ -176,6 +178,22 @@ def _calibration(known: Sequence[tuple[Row, Spread]], compared: Comparison) -> l
     better = [f"{m} ({error:.3f})" for m, error in errors.items() if base - error > _LEAST_ECE]
     lines = [(f"Worse calibrated than {compared.full}", worse), (f"Better calibrated than {compared.full}", better)]
     return [f"{words} (expected error {base:.3f}): {_listed(names)}." for words, names in lines if names]
+
+
+def _worst(ranked_rows: Sequence[tuple[Row, Spread]]) -> list[str]:
+    """Name the method that is best by its worst class, where it is not the best one."""
+    best = ranked_rows[0][0]
+    lowest = {row.method: (fmean(row.worst.values), row.worst) for row, _ in ranked_rows if row.worst}
+    if best.method not in lowest:
+        return []
+    method, (value, worst) = max(lowest.items(), key=lambda one: one[1][0])
+    own, other = lowest[best.method]
+    if not value > own:
+        return []
+    return [
+        f"By its worst class {method} is ahead, by the means: {worst.measure} {value:.3f} ({worst.name}), against "
+        f"{own:.3f} ({other.name}) of {best.method}."
+    ]
 
 
 def _cheapest(rows: Sequence[Row]) -> list[str]:

@@ -16,6 +16,10 @@ from common.compare.integrity import Finding
 from common.compare.results import MEMORY_PARTS, Row, Spread
 
 NOTHING = "–"  # noqa: RUF001 (an en dash, as tables print it)
+WORST = (
+    "Worst class: the lowest recall of a class (in segmentation, the lowest Dice) of each seed's run; in brackets the "
+    "class that is lowest on average, and how many test examples it has. With few examples it is low by chance."
+)
 _PLAIN_WIDTH = 170
 _COSTS = (
     *("params_trainable", "trainable_percent", "params_total"),
@@ -108,6 +112,7 @@ def columns(rows: Sequence[Row], comparison: Comparison | None, *, every_metric:
         Column(title="Method", text=lambda row: row.method, value=lambda row: row.method, words=True),
         *(_metric(name) for name in metrics[:1]),
         *(_tests(comparison, every=every_metric) if comparison else ()),
+        *([_worst()] if every_metric and any(row.worst for row in rows) else []),
         *(_metric(name) for name in metrics[1:]),
         Column(title="Seeds", text=lambda row: str(len(row.seeds)), value=lambda row: len(row.seeds)),
         Column(title="Val", text=lambda row: quality(row.val), value=lambda row: row.val.mean if row.val else None),
@@ -177,6 +182,8 @@ def _note(blocks: Sequence[Block]) -> str:
             f" Intervals: 95 %, bootstrap over {_listed(list(over))}. Two methods are told apart where a test paired "
             f"in the same way gives p < {ALPHA} after Holm's correction for all comparisons with the same method."
         )
+    if any(row.worst for row in rows):
+        note += f" {WORST}"
     untrained = list(dict.fromkeys(row.method for row in rows if row.baseline))
     if untrained:
         note += f" Not trained, and so without costs of training: {', '.join(untrained)}; their Fit is all their time."
@@ -245,6 +252,14 @@ def _record(row: Row, metrics: Sequence[str]) -> dict[str, object]:
         spread = row.test.get(name)
         record[f"test_{name}_mean"] = spread.mean if spread else None
         record[f"test_{name}_std"] = spread.std if spread else None
+    spread = Spread.of(row.worst.values) if row.worst else None
+    record |= {
+        "worst_class": row.worst.name if row.worst else None,
+        "worst_class_measure": row.worst.measure if row.worst else None,
+        "worst_class_mean": spread.mean if spread else None,
+        "worst_class_std": spread.std if spread else None,
+        "worst_class_examples": row.worst.examples if row.worst else None,
+    }
     return record | {name: row.cost.get(name) for name in _COSTS}
 
 
@@ -311,6 +326,19 @@ def _metric(name: str) -> Column:
 
 def _cost(title: str, key: str, write: Callable[[float | None], str]) -> Column:
     return Column(title=title, text=lambda row: write(row.cost.get(key)), value=lambda row: row.cost.get(key))
+
+
+def _worst() -> Column:
+    def text(row: Row) -> str:
+        if row.worst is None:
+            return NOTHING
+        count = "" if row.worst.examples is None else f", {row.worst.examples}"
+        return f"{quality(Spread.of(row.worst.values))} ({row.worst.name}{count})"
+
+    def value(row: Row) -> float | None:
+        return Spread.of(row.worst.values).mean if row.worst else None
+
+    return Column(title="Worst class", text=text, value=value)
 
 
 def _decay() -> Column:
