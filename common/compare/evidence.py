@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from common.compare.examples import Scored, read_rows, scored
-from common.compare.results import Row, Run, make_rows
+from common.compare.results import Row, Run, direction, make_rows
 from common.compare.statistics import (
     Difference,
     Floats,
@@ -200,12 +200,6 @@ def weigh(rows: Sequence[Row], runs: Sequence[Run] = (), metric: str | None = No
         gaps={method: gap for method, gap in gaps.items() if gap is not None},
         fronts={key: _front(key, found, means, mode) for key, _, _ in COSTS},
     )
-
-
-def direction(metric: str) -> Literal["max", "min"]:
-    """Tell from a metric's name whether more of it is better."""
-    less = ("loss", "ece", "perplexity", "rmse", "mse", "mae", "hd95")
-    return "min" if metric in less or metric.startswith(("wer_", "cer_")) else "max"
 
 
 def stand(blocks: Sequence[Block]) -> Standing | None:

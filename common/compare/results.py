@@ -13,7 +13,7 @@ from typing import Any, Literal
 from common.compare.examples import read_rows
 from common.compare.study import Method, Study, Trial
 from common.compare.worst import Worst, worst_class
-from common.errors import GraftError
+from common.errors import GraftError, unknown
 
 SCHEMA = 1
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations")
@@ -159,17 +159,24 @@ class Row:
         return spread if spread is not None and math.isfinite(spread.mean) else None
 
 
-def read_metrics(folder: Path) -> Metrics | None:
+def direction(metric: str) -> Literal["max", "min"]:
+    """Tell from a metric's name whether more of it is better."""
+    less = ("loss", "ece", "perplexity", "rmse", "mse", "mae", "hd95")
+    return "min" if metric in less or metric.startswith(("wer_", "cer_")) else "max"
+
+
+def read_metrics(folder: Path, metric: str = "") -> Metrics | None:
     """Read a run folder's metrics.json.
 
     Args:
         folder: The run folder.
+        metric: The metric that decides; "" for the task's own.
 
     Returns:
         The metrics, or None where the file is not there.
 
     Raises:
-        GraftError: If the file is not one that this version of Graft understands.
+        GraftError: If the file is not one that this version of Graft understands, or does not have the metric.
     """
     path = folder / "metrics.json"
     try:
@@ -181,11 +188,14 @@ def read_metrics(folder: Path) -> Metrics | None:
         mode = raw["primary"]["mode"]
         if mode not in ("max", "min"):
             raise GraftError(f"'{path}' gives the mode '{mode}' for its primary metric. Allowed: max, min.")
+        val = _numbers(raw["val"])
+        if metric and val and metric not in val:
+            raise unknown("metric of the study", metric, val)
         return Metrics(
             fitted=raw["status"] == "fitted",
-            primary=raw["primary"]["name"],
-            mode=mode,
-            val=_numbers(raw["val"]),
+            primary=metric or raw["primary"]["name"],
+            mode=direction(metric) if metric else mode,
+            val=val,
             test=None if raw.get("test") is None else _numbers(raw["test"]),
             cost=raw["cost"],
             data=raw["data"],

@@ -197,7 +197,7 @@ class _Session:
 
         def describe(finished: Finished) -> str:
             folder, title = folders[id(finished.job)], finished.job.title
-            metrics, damage = _readable(folder)
+            metrics, damage = _readable(folder, self.study.metric)
             if finished.code == 0 and metrics is not None:
                 split, numbers = ("val", metrics.val) if verb == "fit" else ("test", metrics.test or {})
                 if metrics.fitted and numbers:
@@ -216,7 +216,8 @@ class _Session:
 
     def _read(self, trial: Trial) -> Run:
         failure = self.failures.get(trial.folder)
-        metrics = _readable(trial.folder)[0] if failure else read_metrics(trial.folder)
+        folder, metric = trial.folder, self.study.metric
+        metrics = _readable(folder, metric)[0] if failure else read_metrics(folder, metric)
         return Run(trial=trial, metrics=metrics, chosen=False, failure=failure)
 
     def _write_commands(self, trial: Trial, lines: Sequence[Sequence[str]]) -> None:
@@ -235,10 +236,10 @@ class _Session:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _readable(folder: Path) -> tuple[Metrics | None, str]:
+def _readable(folder: Path, metric: str) -> tuple[Metrics | None, str]:
     """Read what a process left: None and why where it left no record that can be read."""
     try:
-        return read_metrics(folder), ""
+        return read_metrics(folder, metric), ""
     except GraftError as error:
         return None, f": {error}"
 

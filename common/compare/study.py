@@ -133,6 +133,7 @@ class Study:
         tune_seed: The seed with which learning rates are chosen.
         seed_options: Further options that take the seed, in every trial.
         part: The part of the report that the study is; None where the report has no parts.
+        metric: The validation metric that chooses settings, and the test metric that decides; "" for the task's own.
     """
 
     title: str
@@ -148,6 +149,7 @@ class Study:
     tune_seed: int
     seed_options: tuple[str, ...]
     part: Part | None = None
+    metric: str = ""
 
     def trial(self, recipe: str, method: Method, setting: Setting, seed: int) -> Trial:
         """Describe one run of this study."""

@@ -34,7 +34,7 @@ from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipe
 from common.errors import GraftError, suggest
 
 _PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
-_PART_KEYS += ("tune_seed", "seed_options")
+_PART_KEYS += ("tune_seed", "seed_options", "metric")
 _STUDY_KEYS = (*_PART_KEYS, "out", "runs", "parts")
 _METHOD_KEYS = ("peft", "lr", "lr_options", "weight_decay", "overrides")
 _PEFT_KEYS = ("class_path", "init_args")
@@ -119,7 +119,11 @@ def _contents(fields: Mapping[str, Any], part: Part | None, problems: list[str])
     tune_seed = _integers(fields.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
     if len(tune_seed) > 1:
         problems.append(f"tune_seed is {_show(list(tune_seed))}: give one whole number")
+    metric = fields.get("metric", "")
+    if not isinstance(metric, str):
+        problems.append(f"metric is {_show(metric)}: give the name of one metric")
     return {
+        "metric": metric,
         "recipes": recipes,
         "labels": labels,
         "methods": methods,

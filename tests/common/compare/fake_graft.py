@@ -71,6 +71,7 @@ def main() -> int:
 def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed: int, options: dict) -> dict:
     method = peft["class_path"]
     measured, decay = world["val"][method], options.get("--model.optim.weight_decay")
+    score = measured if lr is None else measured[f"{lr:g}" if decay is None else f"{lr:g} {decay}"]
     share = {"FullFineTune": 1.0, "LoRA": 0.0067, "BitFit": 0.0024, "LinearProbe": 0.00026}.get(method, 0.005)
     params = 22_056_576
     parts = {
@@ -91,8 +92,9 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed:
         "primary": {"name": "accuracy", "mode": world.get("mode", "max")},
         "status": "fitted",
         "val": {
-            "accuracy": measured if lr is None else measured[f"{lr:g}" if decay is None else f"{lr:g} {decay}"],
+            "accuracy": score,
             "macro_f1": 0.5,
+            **({"cer_lower": score} if world.get("characters") else {}),
             "loss": 1.0,
         },
         "test": None,

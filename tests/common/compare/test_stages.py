@@ -86,6 +86,22 @@ def test_less_is_better_where_the_run_says_so(world):
     assert {call[1:3] for call in kinds(world) if call[0] == "test"} == {("LoRA", "0.0003"), ("FullFineTune", "1e-05")}
 
 
+def test_another_metric_of_the_study_decides_and_no_run_is_made_anew_for_it(world):
+    world.measure(characters=True)
+    assert world.run() == 0
+    world.write((world.folder / "study.yaml").read_text() + "\nmetric: cer_lower\n")
+    world.forget()
+    assert world.run() == 0, world.output
+    fits = {call[1:] for call in kinds(world) if call[0] == "fit"}
+    chosen = {"LoRA": "0.0003", "FullFineTune": "1e-05"}
+    assert fits == {(method, lr, seed) for method, lr in chosen.items() for seed in "12"}
+    with (world.out / "results.csv").open() as file:
+        assert {row["primary"] for row in csv.DictReader(file)} == {"cer_lower"}
+    world.write((world.folder / "study.yaml").read_text().replace("metric: cer_lower", "metric: cer_loewer"))
+    with pytest.raises(GraftError, match=r"Unknown metric of the study 'cer_loewer'.*cer_lower"):
+        world.run()
+
+
 def test_a_finished_study_runs_nothing_again_and_keeps_its_results(world):
     world.run()
     before = {name: (world.out / name).read_bytes() for name in ("results.csv", "results.md", "report.html")}

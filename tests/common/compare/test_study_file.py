@@ -203,6 +203,7 @@ tune_seed: [1, 2]
             "seed_options: [data.name]\nseeds:",
             "overrides of method 'LoRA' set 'data.name', which takes the seed",
         ),
+        ("seeds:", "metric: [a, b]\nseeds:", 'metric is ["a", "b"]: give the name of one metric'),
         ("seeds:", "seed_options: [model.optim.lr]\nseeds:", "lr_options of method 'LoRA' has 'model.optim.lr'"),
     ],
 )
