@@ -38,6 +38,8 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--set", action="append", metavar="OPTION=VALUE", help="option of graft fit, for all runs")
     parser.add_argument("--out", type=Path, help="folder for runs, table and report (default: the study's own)")
     parser.add_argument("--jobs", type=int, help="trials at a time (default: half the cores)")
+    parser.add_argument("--parquet", action="store_true", help="write results.parquet too (needs 'graft[parquet]')")
+    parser.add_argument("--runner", default="local", help="local, or ray: trials as tasks of Ray (needs 'graft[ray]')")
     parser.set_defaults(handler=_compare)
     parser = verbs.add_parser("reproduce", help="decide claims of the literature by runs of your own")
     parser.add_argument("cards", nargs="*", metavar="CARD", help="ids of claims (none: list them), or files")
@@ -76,7 +78,9 @@ def _numbers(rates: tuple[float, ...]) -> str:
 def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     from common.compare import compare, run_studies
     from common.compare.expand import expand
+    from common.compare.stages import Options
 
+    how = Options(runner=args.runner, parquet=args.parquet)
     if args.methods is None:
         options = ("seeds", "rates", "weight_decays", "shots", "set")
         given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
@@ -84,9 +88,9 @@ def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
             raise GraftError(f"{', '.join(given)} without --methods. A study file says these itself.")
         if len(args.paths) > 1:
             raise GraftError("Several files without --methods. Give one study file, or recipes and --methods.")
-        return compare(Path(args.paths[0]), args.out, args.jobs)
+        return compare(Path(args.paths[0]), args.out, args.jobs, options=how)
     studies = expand(_request(args), lambda name: _shots_of(name, domains))
-    return run_studies(studies, args.jobs)[0]
+    return run_studies(studies, args.jobs, options=how)[0]
 
 
 def _request(args: argparse.Namespace) -> Any:  # noqa: ANN401 (importing its type here would slow every verb)

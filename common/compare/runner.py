@@ -13,13 +13,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 10.0
+GRACE_SECONDS = 10.0
 _TAIL_BYTES = 16_384
 _TAIL_LINES = 12
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -59,12 +59,72 @@ class Finished:
     tail: str
 
 
+class Running(Protocol):
+    """A process on its way."""
+
+    @property
+    def job(self) -> Job:
+        """The job."""
+        ...
+
+    def finished(self) -> Finished | None:
+        """Return how it ended; None while it runs."""
+        ...
+
+    def ask(self) -> None:
+        """Ask it to end."""
+        ...
+
+    def force(self) -> None:
+        """End it."""
+        ...
+
+
+class Runner(Protocol):
+    """Where processes run."""
+
+    def start(self, job: Job, environment: Mapping[str, str]) -> Running:
+        """Start a process with these environment variables, in the current folder."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Running:
+class LocalRunning:
+    """A process on this machine."""
+
     job: Job
     process: subprocess.Popen[bytes]
     started: float
-    task: TaskID
+
+    def finished(self) -> Finished | None:
+        """Return how it ended; None while it runs."""
+        code = self.process.poll()
+        if code is None:
+            return None
+        return Finished(job=self.job, code=code, seconds=time.monotonic() - self.started, tail=tail(self.job.log))
+
+    def ask(self) -> None:
+        """Ask it and its children to end."""
+        _send(self.process, "SIGTERM")
+
+    def force(self) -> None:
+        """End it and its children."""
+        _send(self.process, "SIGKILL")
+        self.process.wait()
+
+
+class LocalRunner:
+    """Processes of this machine."""
+
+    def start(self, job: Job, environment: Mapping[str, str]) -> LocalRunning:
+        """Start a process with these environment variables, in the current folder."""
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab" if job.append else "wb") as log:
+            # A session of its own keeps a Ctrl-C of the terminal from reaching the child before we end it in order.
+            process = subprocess.Popen(
+                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        return LocalRunning(job=job, process=process, started=time.monotonic())
 
 
 def cpu_count() -> int:
@@ -75,7 +135,13 @@ def cpu_count() -> int:
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, width: int, threads: int, console: Console, describe: Callable[[Finished], str]
+    jobs: Sequence[Job],
+    *,
+    width: int,
+    threads: int,
+    console: Console,
+    describe: Callable[[Finished], str],
+    runner: Runner | None = None,
 ) -> list[Finished]:
     """Run processes, at most `width` at a time, and wait for all of them.
 
@@ -88,12 +154,14 @@ def run_jobs(
         threads: What each process gets as `OMP_NUM_THREADS`.
         console: Where progress goes: live on a terminal, else one line for each event.
         describe: Words the line that tells how a process ended.
+        runner: Where they run; by default on this machine.
 
     Returns:
         How each ended, in the order of `jobs`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    waiting, running = list(jobs), list[_Running]()
+    runner = runner or LocalRunner()
+    waiting, running = list(jobs), dict[TaskID, Running]()
     ended: dict[int, Finished] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     board = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -101,19 +169,37 @@ def run_jobs(
         try:
             while waiting or running:
                 while waiting and len(running) < width:
-                    running.append(_start(waiting.pop(0), environment, progress))
+                    job = waiting.pop(0)
+                    if progress.disable:
+                        _say(console, f"start   {job.title}")
+                    running[progress.add_task(job.title, total=None)] = runner.start(job, environment)
                 time.sleep(_POLL_SECONDS)
-                for item in [item for item in running if item.process.poll() is not None]:
-                    running.remove(item)
-                    progress.remove_task(item.task)
-                    ended[id(item.job)] = finished = _finish(item)
-                    _say(console, describe(finished))
+                for task, finished in [(task, item.finished()) for task, item in running.items()]:
+                    if finished is not None:
+                        del running[task]
+                        progress.remove_task(task)
+                        ended[id(finished.job)] = finished
+                        _say(console, describe(finished))
         except KeyboardInterrupt:
             _say(console, f"stopping {len(running)} running process(es)")
             raise
         finally:
-            _stop(running)
+            stop(list(running.values()))
     return [ended[id(job)] for job in jobs]
+
+
+def stop(running: Sequence[Running], grace: float = GRACE_SECONDS) -> None:
+    """End processes: asked first, forced after a grace period (in seconds) or on a second Ctrl-C."""
+    for item in running:
+        item.ask()
+    deadline = time.monotonic() + grace
+    try:
+        while time.monotonic() < deadline and any(item.finished() is None for item in running):
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for item in running:
+            if item.finished() is None:
+                item.force()
 
 
 def tail(log: Path, lines: int = _TAIL_LINES) -> str:
@@ -127,39 +213,6 @@ def tail(log: Path, lines: int = _TAIL_LINES) -> str:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _start(job: Job, environment: Mapping[str, str], progress: Progress) -> _Running:
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    if progress.disable:
-        _say(progress.console, f"start   {job.title}")
-    with job.log.open("ab" if job.append else "wb") as log:
-        # A session of its own keeps a Ctrl-C of the terminal from reaching the child before we end it in order.
-        process = subprocess.Popen(
-            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
-    return _Running(job=job, process=process, started=time.monotonic(), task=progress.add_task(job.title, total=None))
-
-
-def _finish(item: _Running) -> Finished:
-    seconds = time.monotonic() - item.started
-    return Finished(job=item.job, code=item.process.returncode, seconds=seconds, tail=tail(item.job.log))
-
-
-def _stop(running: Sequence[_Running]) -> None:
-    """End processes: asked first, forced after a grace period or on a second Ctrl-C."""
-    for item in running:
-        _send(item.process, "SIGTERM")
-    deadline = time.monotonic() + _GRACE_SECONDS
-    try:
-        for item in running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                item.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-    finally:
-        for item in running:
-            if item.process.poll() is None:
-                _send(item.process, "SIGKILL")
-                item.process.wait()
 
 
 def _send(process: subprocess.Popen[bytes], name: str) -> None:

@@ -25,14 +25,28 @@ from common.compare.integrity import Finding, check
 from common.compare.ledger import Ledger
 from common.compare.report import write_report
 from common.compare.results import Failure, Metrics, Run, choose, read_metrics
-from common.compare.runner import Finished, Job, cpu_count, run_jobs
+from common.compare.runner import Finished, Job, LocalRunner, Runner, cpu_count, run_jobs
 from common.compare.study import Study, Trial
 from common.compare.study_file import load_studies
-from common.compare.tables import print_table, write_csv, write_markdown
-from common.errors import GraftError
+from common.compare.tables import need_parquet, print_table, write_csv, write_markdown, write_parquet
+from common.errors import GraftError, unknown
 
 GRAFT = (sys.executable, "-m", "domains")
 STOPPED = 130
+LOCAL, RAY = RUNNERS = ("local", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How studies are run, apart from what they say.
+
+    Attributes:
+        runner: Where trials run: one of `RUNNERS`.
+        parquet: Whether `results.parquet` is written beside `results.csv`.
+    """
+
+    runner: str = LOCAL
+    parquet: bool = False
 
 
 def compare(
@@ -42,6 +56,7 @@ def compare(
     *,
     command: Sequence[str] = GRAFT,
     console: Console | None = None,
+    options: Options = Options(),
 ) -> int:
     """Run the study of a file and write its results.
 
@@ -51,14 +66,16 @@ def compare(
         jobs: How many trials run side by side; by default half the processors.
         command: What stands before `fit`, `test` and `baseline` on each command line.
         console: Where progress and the table go; by default standard output.
+        options: Where trials run and what else is written.
 
     Returns:
         The exit code; see `run_studies`.
 
     Raises:
-        GraftError: If the study file is wrong, or a run folder holds the result of another command.
+        GraftError: If the study file is wrong, a run folder holds the result of another command, or an option needs a
+            package that is not installed.
     """
-    return run_studies(load_studies(study_path, out), jobs, command=command, console=console)[0]
+    return run_studies(load_studies(study_path, out), jobs, command=command, console=console, options=options)[0]
 
 
 def run_studies(
@@ -67,6 +84,7 @@ def run_studies(
     *,
     command: Sequence[str] = GRAFT,
     console: Console | None = None,
+    options: Options = Options(),
 ) -> tuple[int, list[Block]]:
     """Run studies and write their results into the first one's output folder, as one report.
 
@@ -75,13 +93,15 @@ def run_studies(
         jobs: How many trials run side by side; by default half the processors.
         command: What stands before `fit`, `test` and `baseline` on each command line.
         console: Where progress and the table go; by default standard output.
+        options: Where trials run and what else is written.
 
     Returns:
         The exit code (0 where every run succeeded, 1 where one failed or a check found a fault, 130 where the studies
         were stopped) and the results, none where they were stopped.
 
     Raises:
-        GraftError: If a run folder holds the result of another command, or another comparison is running there.
+        GraftError: If a run folder holds the result of another command, another comparison is running there, or an
+            option needs a package that is not installed.
     """
     if jobs is not None and jobs < 1:
         raise GraftError(f"--jobs {jobs} is not possible. Give 1 or more.")
@@ -89,6 +109,9 @@ def run_studies(
     width = min(jobs or max(1, cpu_count() // 2), max(len(study.tuning()) for study in studies))
     for study in studies:
         _refuse_foreign_folders(study)
+    if options.parquet:
+        need_parquet()
+    runner = _runner(options.runner, width)
     folders = sorted({folder for study in studies for folder in (first.out, study.runs)})
     try:
         with contextlib.ExitStack() as stack:
@@ -97,14 +120,32 @@ def run_studies(
             ledgers = {study.runs: Ledger(study.runs) for study in studies}
             blocks: list[Block] = []
             for study in studies:
-                ledger = ledgers[study.runs]
-                session = _Session(study=study, command=tuple(command), width=width, console=console, ledger=ledger)
+                session = _Session(
+                    study=study,
+                    command=tuple(command),
+                    width=width,
+                    console=console,
+                    ledger=ledgers[study.runs],
+                    runner=runner,
+                )
                 blocks += make_blocks(study, session.run())
             findings = check(blocks, ledgers)
+            if options.parquet:
+                write_parquet(blocks, first.out / "results.parquet")
             return _write(first, blocks, findings, console), blocks
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         return STOPPED, []
+
+
+def _runner(name: str, width: int) -> Runner:
+    if name not in RUNNERS:
+        raise unknown("runner", name, RUNNERS)
+    if name == LOCAL:
+        return LocalRunner()
+    from common.compare.ray_runner import RayRunner
+
+    return RayRunner(width)
 
 
 @contextlib.contextmanager
@@ -131,6 +172,7 @@ class _Session:
     width: int
     console: Console
     ledger: Ledger
+    runner: Runner
     failures: dict[Path, Failure] = field(default_factory=dict[Path, Failure])
 
     def run(self) -> list[Run]:
@@ -212,7 +254,14 @@ class _Session:
             return f"FAILED  {title}  exit code {finished.code}, log: {finished.job.log}\n{indented}"
 
         threads = max(1, cpu_count() // self.width)
-        run_jobs(list(jobs.values()), width=self.width, threads=threads, console=self.console, describe=describe)
+        run_jobs(
+            list(jobs.values()),
+            width=self.width,
+            threads=threads,
+            console=self.console,
+            describe=describe,
+            runner=self.runner,
+        )
 
     def _read(self, trial: Trial) -> Run:
         failure = self.failures.get(trial.folder)

@@ -31,7 +31,9 @@ def started(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("fewer.py").write_text(FEWER)
     Path("a.yaml").write_text("model: {class_path: M}\ndata: {class_path: Toys}\n")
-    monkeypatch.setattr("common.compare.run_studies", lambda studies, jobs: (found.extend(studies), (0, []))[1])
+    monkeypatch.setattr(
+        "common.compare.run_studies", lambda studies, jobs, options: (found.extend(studies), (0, []))[1]
+    )
     return found
 
 
@@ -85,6 +87,16 @@ def test_claims_are_listed_or_decided(tmp_path, monkeypatch, capsys):
     assert [(words[0][0].id, *words[1:]) for words in asked] == [("lora-within-a-point", "embedded", Path("o"), 2)]
     assert run(["reproduce", "--all", "--scale", "full"], {}) == 0
     assert len(asked[1][0]) == len(list(comparing.CLAIMS.glob("*.yaml")))
+
+
+def test_runner_and_parquet_are_asked_for_by_options(started, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "common.compare.run_studies", lambda studies, jobs, options: (asked.append(options), (0, []))[1]
+    )
+    assert run("compare a.yaml --methods LoRA".split(), DOMAINS) == 0
+    assert run("compare a.yaml --methods LoRA --runner ray --parquet".split(), DOMAINS) == 0
+    assert [(one.runner, one.parquet) for one in asked] == [("local", False), ("ray", True)]
 
 
 @pytest.mark.parametrize(
