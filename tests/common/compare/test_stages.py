@@ -19,7 +19,7 @@ from common.errors import GraftError
 REPO = Path(__file__).parents[3]
 
 
-def tests(path):
+def measured(path):
     return json.loads(path.read_text())["test"]
 
 
@@ -59,7 +59,7 @@ def test_rate_and_weight_decay_are_chosen_together_and_the_report_says_from_how_
     full = {"1e-05 0.0": 0.5, "1e-05 0.05": 0.9, "5e-05 0.0": 0.7, "5e-05 0.05": 0.6}
     world.measure(val={"LoRA": {"0.0003": 0.70, "0.001": 0.74, "0.003": 0.72}, "FullFineTune": full})
     assert world.run() == 0, world.output
-    tested = {path.parent.name for path in world.out.glob("recipe/FullFineTune/*/metrics.json") if tests(path)}
+    tested = {path.parent.name for path in world.out.glob("recipe/FullFineTune/*/metrics.json") if measured(path)}
     assert tested == {f"lr-1e-05-decay-0.05-seed-{seed}" for seed in (0, 1, 2)}
     report = (world.out / "report.html").read_text()
     words = "different numbers of settings (learning rate and weight decay) to choose from, and more are an advantage: "
