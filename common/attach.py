@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from common._digest import state_digest
 from common.cost import kept_buffers
 from common.errors import GraftError
 from common.methods import MethodSpec, Plan
@@ -133,15 +133,6 @@ def _wrap(backbone: nn.Module, config: PeftConfig, seed: int) -> nn.Module:
             ) from error
 
 
-def state_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and persistent buffers with their names, shapes and types."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _params_by_role(model: nn.Module, role_of: Mapping[str, str]) -> dict[str, int]:
     totals: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -174,7 +165,7 @@ def _trainable_by_role(model: nn.Module, plan: Plan, roles: RoleMap | None) -> d
 
 def _role_of_parameter(name: str, plan: Plan, roles: RoleMap | None) -> str:
     """Walk up from a parameter to the module that was adapted, or that carries a role."""
-    owner = name
+    owner = ".".join(part for part in name.split(".") if part != "base_layer")  # of a layer within an adapted one
     while owner:
         owner = owner.rpartition(".")[0]
         if owner in plan.targets:

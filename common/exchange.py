@@ -28,16 +28,15 @@ from common.checkpoint import read_finished
 from common.domain import Domain
 from common.errors import GraftError, unknown
 from common.methods import METHODS, MethodSpec, Plan
+from common.methods._folders import ADAPTER, GRAFT
 from common.quantise import quantise
 from common.roles import resolve
 
 if TYPE_CHECKING:
     from common.task import AdaptedTask, Backbone
 
-GRAFT = "graft.json"
 HEAD = "head.safetensors"
 MODEL = "model.safetensors"
-ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CERTIFICATE = "certificate.json"
 PROBE = "probe.safetensors"
@@ -370,7 +369,8 @@ def merged(model: nn.Module, method: str, backbone: str) -> nn.Module:
     base = model.get_base_model()
     try:
         # PEFT's own merge_and_unload needs every replaced module to have a `weight`, which a block has not.
-        for name, layer in tuner_layers(base).items():
+        # From the inside out: an outer layer is merged into what an inner one left.
+        for name, layer in reversed(tuner_layers(base).items()):
             layer.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(base.get_submodule(parent), child, layer.get_base_layer())

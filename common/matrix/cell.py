@@ -13,7 +13,7 @@ from common.attach import attach, probe
 from common.errors import GraftError
 from common.matrix.bench import Bench, quiet
 from common.matrix.checks import CHECKS, CheckFailed
-from common.matrix.settings import candidates
+from common.matrix.exported import specs_on
 from common.matrix.specimen import Build
 from common.methods import MethodSpec
 
@@ -56,7 +56,7 @@ def run_cell(method: str, column: str, build: Build) -> Cell:
     check, own = "attach", False
     try:
         with quiet(), tempfile.TemporaryDirectory() as folder:
-            spec, remark = choose(method, build)
+            spec, remark = choose(method, build, Path(folder))
             remarks += [remark] if remark else []
             bench = Bench(build, spec, Path(folder))
             check = "alive"
@@ -85,21 +85,27 @@ def run_cell(method: str, column: str, build: Build) -> Cell:
     )
 
 
-def choose(method: str, build: Build) -> tuple[MethodSpec, str]:
+def choose(method: str, build: Build, folder: Path | None = None) -> tuple[MethodSpec, str]:
     """Return the first settings that a network does not refuse, and a remark on them.
+
+    Args:
+        method: A name of `METHODS`.
+        build: Builds the network anew.
+        folder: Where adapters may be written that a method is built on; by default they are gone on return.
 
     Raises:
         GraftError: All are refused; the message is what the first ones got.
     """
     refusal: GraftError | None = None
-    for spec, remark in candidates(method):
-        specimen = build()
-        try:
-            attach(specimen.model, spec, specimen.family)
-        except GraftError as error:
-            refusal = refusal or error
-        else:
-            return spec, remark
+    with tempfile.TemporaryDirectory() as brief:
+        for spec, remark in specs_on(method, build, folder or Path(brief)):
+            specimen = build()
+            try:
+                attach(specimen.model, spec, specimen.family)
+            except GraftError as error:
+                refusal = refusal or error
+            else:
+                return spec, remark
     raise refusal or GraftError(f"{method} has no settings to try.")
 
 

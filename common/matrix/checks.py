@@ -161,7 +161,7 @@ def merge(bench: Bench) -> str:
     name = type(bench.spec).__name__
     layers = list(tuner_layers(attached.model).values())
     try:
-        for layer in layers:
+        for layer in reversed(layers):
             layer.merge(safe_merge=True)
     except _REFUSALS:
         try:

@@ -28,6 +28,8 @@ CHANGES_AT_START: Mapping[str, str] = MappingProxyType(
         "VPTDeep": "a prompt is seen from the start",
         "PromptTuning": "a prompt is seen from the start",
         "PrefixTuning": "keys and values near zero take weight off the own ones",
+        "Stack": "it starts where the first adapter ended",
+        "AdapterFusion": "it starts near the mean of the adapters",
         "MAM": "its prefixes take weight off the own keys",
     }
 )

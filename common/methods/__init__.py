@@ -27,6 +27,7 @@ from common.methods.additive import (
     Pfeiffer,
     RepAdapter,
 )
+from common.methods.composed import AdapterFusion, Stack
 from common.methods.hybrid import MAM, AtBudget, Mixture, PerGroup
 from common.methods.prompts import PrefixTuning, PromptTuning, VPTDeep, VPTShallow
 from common.methods.reparameterised import (
@@ -144,6 +145,8 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         Mixture,
         PerGroup,
         AtBudget,
+        Stack,
+        AdapterFusion,
     )
 }
 
@@ -164,6 +167,7 @@ __all__ = [
     "SSF",
     "AdaLoRA",
     "AdaptFormer",
+    "AdapterFusion",
     "AdapterPlus",
     "AtBudget",
     "BitFit",
@@ -212,6 +216,7 @@ __all__ = [
     "RepAdapter",
     "RoAd",
     "SHiRA",
+    "Stack",
     "SuperTuning",
     "TinyLoRA",
     "UniLoRA",

@@ -76,6 +76,7 @@ class MethodSpec:
     source: ClassVar[str] = ""
     sized_by: ClassVar[str] = ""  # the setting that sizes the method, such as `rank`: more of it, more parameters
     recomputable: ClassVar[bool] = True
+    needs_adapters: ClassVar[bool] = False  # whether it is built on adapters that other runs have exported
 
     def plan(self, model: nn.Module, roles: RoleMap | None) -> Plan:
         """Resolve the settings against one backbone.

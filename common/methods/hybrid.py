@@ -13,13 +13,14 @@ from common.errors import GraftError, unknown
 from common.methods._base import Calibration, MethodSpec, Plan, exact
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
     from torch import Tensor, nn
 
     from common.roles import RoleMap
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Composed(MethodSpec):
+class Composed(MethodSpec):
     """A method that is made of others, which a recipe gives as blocks of their own."""
 
     taxonomy: ClassVar[str] = "hybrid"
@@ -63,19 +64,22 @@ _BLOCK = {"class_path", "init_args"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture(_Composed):
-    """Several methods at once, each on modules of its own (design spaces of He et al. 2021, arXiv 2110.04366).
+class Mixture(Composed):
+    """Several methods at once (design spaces of He et al. 2021, arXiv 2110.04366).
 
-    Every part changes its modules as it would alone: y_i = f_i(x; part) for the modules i that the part chooses, and
-    no module may be in two parts, since the order of two changes of one layer would have to mean something. The parts
-    train, save, load, disable and merge as one adapter. Trainable parameters: the sum of the parts'. To say that
-    attention wants another method than the norms or the convolutions; one learning rate serves all.
+    Every part changes its modules as it would alone: y_i = f_i(x; part) for the modules i that the part chooses. Where
+    two parts choose one module, the first is innermost: the later acts on what the earlier made of it, as a bottleneck
+    behind a layer with LoRA; where one acts on a block and another inside of it, each does so. A part that computes a
+    layer from its frozen weights (SSF, BitFit, LoRA with dora, ...) would pass over the earlier one and is refused
+    there: give it first. The parts train, save, load, disable and merge as one adapter. Trainable parameters: the sum
+    of the parts'. To say that attention wants another method than the norms or the convolutions; one learning rate
+    serves all.
 
     Args:
         parts: The methods, each with `class_path` and `init_args` as in a recipe's `peft:` block.
     """
 
-    summary: ClassVar[str] = "several methods, each on its own modules"
+    summary: ClassVar[str] = "several methods at once"
     source: ClassVar[str] = "arXiv 2110.04366"
 
     parts: list[MethodSpec] = field(default_factory=list)
@@ -88,11 +92,11 @@ class Mixture(_Composed):
         """Plan each part; see the base class."""
         if not self.parts:
             raise GraftError("Mixture has no parts. Give a list of methods, each with class_path and init_args.")
-        _refuse_loners("Mixture", self.parts)
+        refuse_loners("Mixture", self.parts)
         return together("Mixture", [(type(part).__name__, part.plan(model, roles)) for part in self.parts])
 
 
-def _refuse_loners(method: str, parts: Sequence[MethodSpec]) -> None:
+def refuse_loners(method: str, parts: Sequence[MethodSpec]) -> None:
     """Refuse parts that need a run to themselves."""
     for part in parts:
         if part.alone:
@@ -100,32 +104,45 @@ def _refuse_loners(method: str, parts: Sequence[MethodSpec]) -> None:
 
 
 def together(method: str, plans: Sequence[tuple[str, Plan]]) -> Plan:
-    """Join the plans of methods on disjoint modules into that of one adapter.
+    """Join the plans of methods into that of one adapter.
+
+    Parts may share modules, or act inside of what another one wraps: each wraps the bare network's modules, the first
+    part innermost. A tuner that passes over what it wraps refuses that (`common.tuners.mixture`).
 
     Args:
         method: Name of the joining method, for messages.
         plans: Name and plan of each part, in the order of wrapping.
 
     Raises:
-        GraftError: A part without an adapter of its own, or two parts on one module or on a module and what it holds.
+        GraftError: A part without an adapter of its own, or one that looks at data and shares a module.
     """
     from common.tuners import MixtureConfig
 
-    targets: dict[str, str] = {}
-    owner: dict[str, str] = {}
+    return joined(method, plans, MixtureConfig(parts=configs_of(method, plans)))  # ty: ignore[invalid-argument-type]
+
+
+def configs_of(method: str, plans: Sequence[tuple[str, Plan]]) -> list[PeftConfig]:
+    """Return the configurations of planned methods; refuse one that adds no adapter."""
     for name, plan in plans:
         if plan.mode != "adapted" or plan.peft_config is None:
             raise GraftError(f"{method} cannot hold {name}, which adds no adapter. Give methods that do.")
-        for module, role in plan.targets.items():
-            clash = next((other for other in owner if _one_holds_the_other(module, other)), None)
-            if clash is not None:
+    return [cast("PeftConfig", plan.peft_config) for _, plan in plans]
+
+
+def joined(method: str, plans: Sequence[tuple[str, Plan]], config: PeftConfig) -> Plan:
+    """Return the plan of several methods' adapters as one, with its configuration; see `together`."""
+    targets: dict[str, str] = {}
+    for name, plan in plans:
+        for other, others in plans if plan.looks else ():
+            shared = [
+                module for module in plan.targets if any(_one_holds_the_other(module, held) for held in others.targets)
+            ]
+            if others is not plan and shared:
                 raise GraftError(
-                    f"{method}: {owner[clash]} acts on '{clash}' and {name} on '{module}', and no module may be in two "
-                    "parts. Narrow one of them down with 'on'."
+                    f"{method}: {name} looks at what the bare network does at '{shared[0]}', where {other} acts too. "
+                    "Narrow one of them down with 'on'."
                 )
-            targets[module] = role
-        owner |= dict.fromkeys(plan.targets, name)
-    config = MixtureConfig(parts=[plan.peft_config for _, plan in plans])  # ty: ignore[invalid-argument-type]
+        targets |= {module: role for module, role in plan.targets.items() if module not in targets}
     notes = tuple(note for _, plan in plans for note in plan.notes)
     quantise = {name: bits for _, plan in plans for name, bits in plan.quantise.items()}
     looks = tuple(look for _, plan in plans for look in plan.looks)
@@ -172,7 +189,7 @@ class MAM(MethodSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerGroup(_Composed):
+class PerGroup(Composed):
     """Another set of methods for each group of blocks (S4 of Chen et al. 2023, arXiv 2301.01821).
 
     The backbone's B blocks are split into as many groups as `groups` has entries, in a spindle: the sizes grow towards
@@ -203,7 +220,7 @@ class PerGroup(_Composed):
                 f"PerGroup has {len(self.groups)} groups for {len(blocks)} blocks. Give at least one group and at most "
                 "one for each block, each a list of methods."
             )
-        _refuse_loners("PerGroup", [part for group in self.groups for part in group])
+        refuse_loners("PerGroup", [part for group in self.groups for part in group])
         plans = []
         for number, (size, parts) in enumerate(zip(spindle(len(blocks), len(self.groups)), self.groups, strict=True)):
             inside, blocks = blocks[:size], blocks[size:]
@@ -249,7 +266,7 @@ def _narrowed(plan: Plan, blocks: Sequence[str], name: str) -> Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AtBudget(_Composed):
+class AtBudget(Composed):
     """One method with its size chosen to meet a budget of trainable parameters.
 
     The setting that sizes the method (LoRA's rank, a bottleneck's width) takes the value whose number of trainable

@@ -21,6 +21,7 @@ from common.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterModel
 from common.tuners.conv_lora import ConvLoraConfig, ConvLoraModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.fact import FactConfig, FactModel
+from common.tuners.fusion import FusionConfig, FusionModel
 from common.tuners.invertible import InvertibleConfig, InvertibleModel, halves
 from common.tuners.ladder import LadderConfig, LadderModel
 from common.tuners.mixture import MixtureConfig, MixtureModel
@@ -31,6 +32,7 @@ from common.tuners.rep_adapter import RepAdapterConfig, RepAdapterModel, has_bia
 from common.tuners.salient import SalientConfig, SalientModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
 from common.tuners.sparse import SparseConfig, SparseModel
+from common.tuners.stack import StackConfig, StackModel
 from common.tuners.weight_form import WeightFormConfig, WeightFormModel
 from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
@@ -49,6 +51,8 @@ __all__ = [
     "CopiesModel",
     "FactConfig",
     "FactModel",
+    "FusionConfig",
+    "FusionModel",
     "InvertibleConfig",
     "InvertibleModel",
     "LadderConfig",
@@ -70,6 +74,8 @@ __all__ = [
     "ScaleShiftModel",
     "SparseConfig",
     "SparseModel",
+    "StackConfig",
+    "StackModel",
     "WeightFormConfig",
     "WeightFormModel",
     "WeightLoraConfig",
@@ -100,8 +106,10 @@ OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     ScaleShiftConfig: ScaleShiftModel,
     WeightFormConfig: WeightFormModel,
     FactConfig: FactModel,
+    FusionConfig: FusionModel,
     SalientConfig: SalientModel,
     SparseConfig: SparseModel,
+    StackConfig: StackModel,
     WeightLoraConfig: WeightLoraModel,
 }
 

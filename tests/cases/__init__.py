@@ -22,7 +22,11 @@ LINEAR_ONLY = tuple(name for name, spec in METHODS.items() if getattr(spec, "act
 ALIKE = {name for name in reparameterised.CASES if name in METHODS} - {"LoRA", "VeRA"}
 
 
-def on_networks(networks, first, methods=METHODS):
+# Methods that need no exported adapter to be built on, which would have to be written for each network first.
+STANDALONE = [name for name, spec in METHODS.items() if not spec.needs_adapters]
+
+
+def on_networks(networks, first, methods=STANDALONE):
     """Every method on every network; those alike see the first networks only, and all of them with `--slow`."""
 
     def cell(key, method):
@@ -32,4 +36,4 @@ def on_networks(networks, first, methods=METHODS):
     return [cell(key, method) for key in networks for method in methods]
 
 
-__all__ = ["ALIKE", "CASES", "LINEAR_ONLY", "ON_TOY", "Case", "on_networks"]
+__all__ = ["ALIKE", "CASES", "LINEAR_ONLY", "ON_TOY", "STANDALONE", "Case", "on_networks"]

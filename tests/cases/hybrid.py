@@ -30,10 +30,24 @@ def _nearest(spec, model, targets):
     return min(counts, key=lambda count: (abs(count - wanted), count))
 
 
+def _mam(spec, model, targets):
+    """Keys and values for each block of width 8, and a bottleneck beside each feed-forward network."""
+    return len(model.blocks) * (2 * spec.length * 8 + spec.width * (8 + 8 + 1) + 8)
+
+
 CASES = {
     "MAM": Case(
-        toy=None, zoo=None, mergeable=False, starts_elsewhere=True
-    ),  # the toy's attention is no module of its own: see test_hybrid.py
+        toy=toy("MAM", length=2, width=3),
+        zoo=None,
+        total=_mam,
+        mergeable=False,
+        random_start=True,
+        starts_elsewhere=True,
+        without_family="belongs to no family that Graft knows",
+    ),
+    # Built on exported adapters: see tests/common/methods/test_composed.py.
+    "Stack": Case(toy=None, zoo=None, starts_elsewhere=True),
+    "AdapterFusion": Case(toy=None, zoo=None, mergeable=False, random_start=True, starts_elsewhere=True),
     "Mixture": both("Mixture", per_layer=_norms_and_lora, random_start=True),
     "PerGroup": Case(
         toy=toy("PerGroup"),

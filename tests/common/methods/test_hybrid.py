@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from peft import PeftModel
 
 from common.attach import attach
 from common.errors import GraftError
@@ -21,6 +22,7 @@ from common.methods import (
     FishMask,
     FullFineTune,
     Houlsby,
+    LastBlocks,
     LoRA,
     Mixture,
     NormTuning,
@@ -68,12 +70,47 @@ def test_parts_are_built_from_the_plain_values_of_a_record():
         ([LoRA(), FullFineTune()], "Mixture cannot hold FullFineTune, which adds no adapter"),
         ([LoRA(b_rate=4), NormTuning()], "Mixture cannot hold LoRA: freeze_a and b_rate act on all"),
         ([AdaLoRA()], "Mixture cannot hold AdaLoRA: its ranks follow a schedule"),
-        ([LoRA(), BitFit()], "LoRA acts on '.*' and BitFit on '.*', and no module may be in two parts"),
+        ([LoRA(), BitFit()], "One part computes '.*' from the frozen weights and would pass over what another does"),
+        ([LoRA(), LastBlocks()], r"One part computes 'blocks\.2' from the frozen .* at 'blocks\.2\.qkv'"),
+        ([LoRA(), FishMask()], "FishMask looks at what the bare network does at '.*', where LoRA acts too"),
     ],
 )
 def test_what_does_not_mix_is_refused(parts, message):
     with pytest.raises(GraftError, match=message):
         attached(Mixture(parts=parts))
+
+
+def test_a_later_part_acts_on_what_an_earlier_one_made_of_a_layer():
+    result = attached(Mixture(parts=[LoRA(on=["attention_out"], rank=2), Houlsby(on=["attention_out"], width=3)]))
+    with torch.no_grad():
+        for parameter in trainable(result).values():
+            parameter.normal_()
+    layer, bare = result.model.base_model.model.blocks[0].out, toy_backbone(depth=3).blocks[0].out
+    inner = layer.base_layer
+    x = torch.randn(4, 8)
+    hidden = bare(x) + 2 * x @ inner.lora_A["default"].weight.T @ inner.lora_B["default"].weight.T
+    down, up = layer.badapter_down["default"], layer.badapter_up["default"]
+    expected = hidden + torch.nn.functional.gelu(hidden @ down.weight.T + down.bias) @ up.weight.T + up.bias
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_nested_parts_switch_with_those_of_another_adapter(tmp_path):
+    """Which wraps the same modules: each part is found again among those that are nested in others."""
+    specs = [Mixture(parts=[LoRA(on=["all"], rank=rank), MAM(length=2, width=rank)]) for rank in (2, 3)]
+    x, outputs = torch.randn(2, 3, 4), []
+    for number_, spec in enumerate(specs):
+        result = attached(spec)
+        with torch.no_grad():
+            for parameter in trainable(result).values():
+                parameter += 0.1 * torch.randn_like(parameter)
+            outputs.append(result.model.eval()(x))
+        result.model.save_pretrained(str(tmp_path / str(number_)))
+    model = PeftModel.from_pretrained(toy_backbone(depth=3), str(tmp_path / "0"), adapter_name="first")
+    model.load_adapter(str(tmp_path / "1"), "second")
+    for name, expected in (("first", outputs[0]), ("second", outputs[1]), ("first", outputs[0])):
+        model.set_adapter(name)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +205,8 @@ def test_mam_is_prefixes_and_parallel_bottlenecks():
     blocks, width = len(vit.model.blocks), vit.width
     assert number(result) == blocks * (2 * 5 * width + 2 * 6 * width + 6 + width)
     assert {name.rpartition(".")[2] for name in result.plan.targets} == {"attn", "fc2"}
-    with pytest.raises(GraftError, match="no module may be in two parts"):
-        attached(MAM())  # whose attention and feed-forward network are one module
+    nested = attached(MAM(length=2, width=3))  # whose attention holds the feed-forward network
+    assert number(nested) == 3 * (2 * 2 * 8 + 3 * (8 + 8 + 1) + 8)
 
 
 def test_a_budget_leaves_the_random_state_and_the_model_alone():

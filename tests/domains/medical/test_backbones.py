@@ -16,7 +16,7 @@ from common.matrix.settings import TINY
 from common.methods import METHODS, LoRA
 from common.roles import resolve
 from domains.medical.backbones import build, features
-from tests.cases import ALIKE, CASES, LINEAR_ONLY
+from tests.cases import ALIKE, CASES, LINEAR_ONLY, STANDALONE
 from tests.domains.medical.nets import CLASSES, EACH, NETS, arguments, build_net, images, upstream, whole
 from tests.toy import SMALL
 
@@ -229,7 +229,7 @@ def cases():
     """Every method on every network; a step of a 3D transformer takes a second, so most see it in 2D only."""
     for key, dims in EACH:
         if key != "unet-plain":  # has a single convolution, whose scale an instance norm takes away again
-            for method in METHODS:
+            for method in STANDALONE:
                 slow = key in ("swin", "unetr") and dims == 3 and method not in ("LastBlocks", "LoRA")
                 slow = slow or (method in ALIKE and (key, dims) not in (("unet", 3), ("unetr", 2)))
                 marks = [pytest.mark.slow] if slow else []
