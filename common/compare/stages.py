@@ -28,8 +28,9 @@ from common.compare.results import Failure, Metrics, Run, choose, read_metrics
 from common.compare.runner import Finished, Job, LocalRunner, Runner, cpu_count, run_jobs
 from common.compare.study import Study, Trial
 from common.compare.study_file import load_studies
-from common.compare.tables import need_parquet, print_table, write_csv, write_markdown, write_parquet
+from common.compare.tables import print_table, write_csv, write_markdown, write_parquet
 from common.errors import GraftError, unknown
+from common.parquet import need_parquet
 
 GRAFT = (sys.executable, "-m", "domains")
 STOPPED = 130
@@ -110,7 +111,7 @@ def run_studies(
     for study in studies:
         _refuse_foreign_folders(study)
     if options.parquet:
-        need_parquet()
+        need_parquet("--parquet")
     runner = _runner(options.runner, width)
     folders = sorted({folder for study in studies for folder in (first.out, study.runs)})
     try:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from rich.table import Table
 from common.compare.evidence import ALPHA, COSTS, Block, Comparison, Standing, Tested
 from common.compare.integrity import Finding
 from common.compare.results import MEMORY_PARTS, Row, Spread
-from common.errors import GraftError
+from common.parquet import arrow, need_parquet, packed
 
 NOTHING = "–"  # noqa: RUF001 (an en dash, as tables print it)
 WORST = (
@@ -240,28 +238,18 @@ def write_csv(blocks: Sequence[Block], path: Path) -> None:
         writer.writerows(records)
 
 
-def need_parquet() -> None:
-    """Refuse where Parquet files cannot be written.
-
-    Raises:
-        GraftError: If pyarrow is not installed.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise GraftError("--parquet needs pyarrow, which is not installed. Run: pip install 'graft[parquet]'.")
-
-
 def write_parquet(blocks: Sequence[Block], path: Path) -> None:
     """Write what `write_csv` does as Parquet: the same columns, of one type each in every study.
 
     Raises:
         GraftError: If pyarrow is not installed.
     """
-    need_parquet()
-    arrow = importlib.import_module("pyarrow")
+    need_parquet("--parquet")
+    types = arrow()
     records = _records(blocks)
-    kinds = {**dict.fromkeys(_WORDS, arrow.string()), **dict.fromkeys(_WHOLE, arrow.int64()), "best": arrow.bool_()}
-    schema = arrow.schema([(name, kinds.get(name, arrow.float64())) for name in records[0]])
-    importlib.import_module("pyarrow.parquet").write_table(arrow.Table.from_pylist(records, schema=schema), path)
+    kinds = {**dict.fromkeys(_WORDS, types.string()), **dict.fromkeys(_WHOLE, types.int64()), "best": types.bool_()}
+    schema = types.schema([(name, kinds.get(name, types.float64())) for name in records[0]])
+    path.write_bytes(packed(types.Table.from_pylist(records, schema=schema)))
 
 
 def _records(blocks: Sequence[Block]) -> list[dict[str, object]]:

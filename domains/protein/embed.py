@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import write_atomically
 from common.errors import GraftError
+from common.parquet import arrow, need_parquet, packed
 from domains.protein._inputs import Given, batches, read_given, tracked
 from domains.protein._task import ProteinTask
 from domains.protein.backbones import ProteinBackbone, build, residue_features
@@ -29,10 +30,12 @@ def embed(
     residues: bool = False,
     skip_bad: bool = False,
 ) -> str:
-    """Write the last layer's features of proteins as a safetensors file.
+    """Write the last layer's features of proteins as a safetensors file, or as Parquet where its name ends in .parquet.
 
-    Its tensor `embeddings` is (N, width), float32, the mean over each protein's residues; row i belongs to the i-th of
+    The tensor `embeddings` is (N, width), float32, the mean over each protein's residues; row i belongs to the i-th of
     the metadata's `ids` (JSON). With `residues` there is instead a tensor `0`, `1`, ... (residues, width) a protein.
+    A Parquet file has a row a protein, `id` and `embedding`, or with `residues` a row a residue, `id`, `position` (from
+    1) and `embedding`.
 
     Args:
         source: A loaded adapter, whose data's rule for long proteins holds, or the name of a bare backbone, which takes
@@ -46,10 +49,13 @@ def embed(
         A summary in one line.
 
     Raises:
-        GraftError: No sequence, one that cannot be used, two of the same id, or a file that cannot be written.
+        GraftError: No sequence, one that cannot be used, two of the same id, a file that cannot be written, or Parquet
+            without pyarrow.
     """
     if out.is_dir():
         raise GraftError(f"{out} is a folder; give the name of the file to write with --out.")
+    if out.suffix == ".parquet":
+        need_parquet(f"--out {out}")
     if isinstance(source, str):
         built = build(source)
         model, most, longest = built.model.eval(), None, built.max_length
@@ -63,12 +69,28 @@ def embed(
         raise GraftError(f"No sequence in {', '.join(map(str, files))} can be used ({skipped} were left out).")
     ids = _ids(given)
     found = _features(built, model, given, most, long, residues=residues)
-    tensors = {str(n): f for n, f in enumerate(found)} if residues else {EMBEDDINGS: torch.stack(found)}
-    metadata = {"ids": json.dumps(ids), "backbone": built.name, "pooling": "none" if residues else "mean"}
-    packed = save(tensors, metadata)
-    write_atomically(out, lambda file: file.write(packed))
+    metadata = {"backbone": built.name, "pooling": "none" if residues else "mean"}
+    if out.suffix == ".parquet":
+        content = _parquet(ids, found, metadata, residues=residues)
+    else:
+        tensors = {str(n): f for n, f in enumerate(found)} if residues else {EMBEDDINGS: torch.stack(found)}
+        content = save(tensors, {"ids": json.dumps(ids), **metadata})
+    write_atomically(out, lambda file: file.write(content))
     left = f", {skipped} unusable ones left out" if skipped else ""
     return f"{out}: {len(found)} proteins, width {built.width}{left}"
+
+
+def _parquet(ids: Sequence[str], found: Sequence[Tensor], metadata: Mapping[str, str], *, residues: bool) -> bytes:
+    types = arrow()
+    vectors = torch.cat(list(found)) if residues else torch.stack(list(found))
+    names = [name for name, rows in zip(ids, found, strict=True) for _ in range(len(rows) if residues else 1)]
+    columns = {"id": types.array(names, types.string())}
+    if residues:
+        places = [place for rows in found for place in range(1, len(rows) + 1)]
+        columns["position"] = types.array(places, types.int32())
+    flat = types.array(vectors.flatten().numpy())
+    columns["embedding"] = types.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    return packed(types.table(columns).replace_schema_metadata(dict(metadata)))
 
 
 def _features(

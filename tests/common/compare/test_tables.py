@@ -38,7 +38,7 @@ def test_parquet_holds_what_the_csv_file_holds_with_types(world):
 
 
 def test_parquet_without_pyarrow_is_refused_before_anything_runs(world, monkeypatch):
-    monkeypatch.setattr("common.compare.tables.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(GraftError, match=r"--parquet needs pyarrow.*graft\[parquet\]"):
         world.run(options=Options(parquet=True))
     assert world.calls() == []

@@ -53,6 +53,32 @@ def read(path):
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
 
+@pytest.mark.parametrize("residues", [False, True])
+def test_a_parquet_file_says_the_same(bare, fasta, tmp_path, residues):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    embed(ESM, [fasta], tmp_path / "e.safetensors", residues=residues)
+    tensors, _ = read(tmp_path / "e.safetensors")
+    embed(ESM, [fasta], tmp_path / "e.parquet", residues=residues)
+    table = parquet.read_table(tmp_path / "e.parquet")
+    found = torch.tensor(table["embedding"].to_pylist())
+    lengths = [len(sequence) for sequence in PROTEINS.values()]
+    if residues:
+        assert torch.equal(found, torch.cat([tensors[str(n)] for n in range(3)]))
+        assert table["id"].to_pylist() == [name for name, n in zip(PROTEINS, lengths, strict=True) for _ in range(n)]
+        assert table["position"].to_pylist() == [place for n in lengths for place in range(1, n + 1)]
+    else:
+        assert torch.equal(found, tensors["embeddings"])
+        assert table["id"].to_pylist() == list(PROTEINS)
+    assert table.schema.metadata[b"pooling"] == (b"none" if residues else b"mean")
+
+
+def test_parquet_without_pyarrow_is_refused_and_nothing_is_written(bare, fasta, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(GraftError, match=r"e\.parquet needs pyarrow, which is not installed.*graft\[parquet\]"):
+        embed(ESM, [fasta], tmp_path / "e.parquet")
+    assert not (tmp_path / "e.parquet").exists()
+
+
 def test_a_protein_is_the_mean_of_its_residues(bare, fasta, tmp_path):
     out = tmp_path / "new" / "e.safetensors"
     assert embed(ESM, [fasta], out) == f"{out}: 3 proteins, width 16"
