@@ -28,7 +28,7 @@ install: $(READY)
 artifacts: $(READY)
 	$(BIN)/graft fetch vit-small-patch14-focus efficientnet-lite0
 	$(BIN)/graft fetch esm2-graft unirep-256 modlamp whisper-tiny-en piper-joe-medium resemblyzer-ge2e
-	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases uniprot-sample sumo-sites pocketsphinx-testdata asterisk-sounds-en
+	$(BIN)/graft fetch openclipart tuxpaint-stamps brain-atlases mni152 uniprot-sample sumo-sites pocketsphinx-testdata asterisk-sounds-en
 
 demo: artifacts
 	$(BIN)/graft compare configs/demo.yaml

@@ -35,13 +35,9 @@ from common.roles import resolve
 if TYPE_CHECKING:
     from common.task import AdaptedTask, Backbone
 
-HEAD = "head.safetensors"
-MODEL = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-CERTIFICATE = "certificate.json"
-PROBE = "probe.safetensors"
-RELOAD_TOLERANCE = 1e-5
-MERGE_TOLERANCE = 1e-4
+HEAD, MODEL, PROBE = "head.safetensors", "model.safetensors", "probe.safetensors"
+ADAPTER_CONFIG, CERTIFICATE = "adapter_config.json", "certificate.json"
+RELOAD_TOLERANCE, MERGE_TOLERANCE = 1e-5, 1e-4
 
 
 def adapter_state(task: AdaptedTask) -> dict[str, Tensor]:

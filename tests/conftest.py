@@ -22,3 +22,4 @@ def pytest_collection_modifyitems(config, items):
         for marker, skip in skips.items():
             if skip and marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=f"needs {marker}"))
+    items.sort(key=lambda item: "long" not in item.keywords)  # else they start last, and all but one worker wait

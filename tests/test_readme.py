@@ -100,6 +100,7 @@ def shrink(arguments, place):
     return arguments
 
 
+@pytest.mark.long
 @pytest.mark.artifacts
 def test_every_graft_command_of_the_readmes_runs(place, monkeypatch):
     monkeypatch.chdir(place)
@@ -123,11 +124,12 @@ def test_the_python_examples_run(place, monkeypatch):
         subprocess.run([sys.executable, "-c", small], check=True, cwd=place, env=environment)
 
 
+@pytest.mark.long
 @pytest.mark.artifacts
 def test_the_demo_runs_small(place, monkeypatch):
     monkeypatch.chdir(place)
     study = "configs/demo.yaml"
-    arguments = shrink(["compare", study, "--out", "demo"], place)
+    arguments = shrink(["compare", study, "--out", "demo", "--jobs", "2"], place)
     assert run(arguments, DOMAINS) == 0
     report = (place / "demo" / "report.html").read_text()
     for part in load_yaml(ROOT / study)["parts"].values():

@@ -20,6 +20,7 @@ from common.checkpoint import write_atomically
 from common.errors import GraftError
 from domains.medical._labelmaps import plain_names, write_nifti
 from domains.medical._task import MedicalTask
+from domains.medical.data._atlases import HEAD, head_file
 from domains.medical.data._reading import NIFTI, PICTURES, is_dicom
 from domains.medical.data._records import VolumeBatch
 from domains.medical.data.prepare import prepare, restore
@@ -34,7 +35,8 @@ def predict(task: MedicalTask, files: Sequence[Path], out: Path | None = None, *
 
     Args:
         task: The loaded adapter, in eval mode.
-        files: NIfTI files, pictures, DICOM files or folders of a series; other folders are searched for them.
+        files: NIfTI files, pictures, DICOM files or folders of a series; other folders are searched for them. `mni152`,
+            where there is no such file, is the average head of the catalog.
         out: Segmentation: the folder to write into (by default `predictions`), for each image `NAME.nii.gz`, the label
             map with the image's own shape and affine, and `NAME.png`, which shows it; a picture's label map is
             `NAME_labels.png`, class numbers on its own pixels. Classification: the CSV to write (by default
@@ -125,6 +127,9 @@ def _images(files: Sequence[Path], dims: int, out: Path) -> Iterator[tuple[Path,
     Folders are not searched in `out`, where an earlier prediction may lie.
     """
     for given in files:
+        if str(given) == HEAD and dims == 3 and not given.exists():
+            yield head_file(), HEAD
+            continue
         if not given.exists():
             raise GraftError(f"There is no file or folder '{given}'.")
         if given.is_file():

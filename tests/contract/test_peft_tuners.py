@@ -6,6 +6,7 @@ import copy
 import warnings
 
 import pytest
+import setuptools  # noqa: F401  (BOFT asks torch for it late, and it stumbles over what other tests have imported)
 import torch
 from peft import (
     AdaLoraConfig,

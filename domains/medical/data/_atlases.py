@@ -146,6 +146,23 @@ def atlas_files(name: str) -> tuple[Path, Path]:
     return folder / "image.nii.gz", folder / "label.nii.gz"
 
 
+HEAD = "mni152"  # its catalog row
+_HEAD_IMAGE = "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+
+
+def head_file() -> Path:
+    """Return the T1 image of the average head of the catalog, which has no labels, as a file of the cache.
+
+    Raises:
+        GraftError: The archive is not in the cache and cannot be fetched.
+    """
+
+    def build(folder: Path) -> None:
+        (folder / f"{HEAD}.nii.gz").write_bytes(artifacts.read_member(HEAD, _HEAD_IMAGE))
+
+    return artifacts.prepared(f"{HEAD}-1-{artifacts.row(HEAD).sha256[:12]}", build) / f"{HEAD}.nii.gz"
+
+
 def _build(atlas: Atlas, folder: Path) -> None:
     image = _member(atlas.image)
     regions = np.asanyarray(_member(atlas.label).dataobj).astype(np.int64)

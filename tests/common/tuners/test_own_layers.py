@@ -18,6 +18,7 @@ from common.tuners import (
     ConvLoraConfig,
     CopiesConfig,
     FactConfig,
+    FusionConfig,
     InvertibleConfig,
     LadderConfig,
     MixtureConfig,
@@ -30,6 +31,7 @@ from common.tuners import (
     SalientConfig,
     ScaleShiftConfig,
     SparseConfig,
+    StackConfig,
     WeightFormConfig,
     WeightLoraConfig,
     is_own,
@@ -120,8 +122,8 @@ def two(kind):
 
 
 def test_all_types_are_own():
-    """Those that act on no single convolution have modules of their own: mixture, pairs, linear layers, tokens."""
-    elsewhere = {MixtureConfig, ParallelConfig, ConvLoraConfig} | OF_TOKENS
+    """Those that act on no single convolution have modules of their own: compositions, pairs, linear layers, tokens."""
+    elsewhere = {MixtureConfig, StackConfig, FusionConfig, ParallelConfig, ConvLoraConfig} | OF_TOKENS
     assert {type(make()) for make in CONFIGS.values()} | elsewhere == OWN.keys()
     assert all(is_own(config().peft_type) for config in OWN)
     assert not any(is_own(other) for other in (None, "LORA", "BITFIT"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -41,6 +42,14 @@ def expected(task, path):
     none = torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         return task.infer(VolumeBatch(image[None], none, none)).argmax(1)[0].numpy()
+
+
+@pytest.mark.artifacts
+def test_the_average_head_of_the_catalog_goes_by_its_name(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(task, "infer", lambda batch: torch.zeros(1, 3, *batch.image.shape[2:]))
+    assert predict(task, [Path("mni152")], tmp_path / "out") == f"{tmp_path / 'out'}: 1 label map"
+    assert nib.load(tmp_path / "out" / "mni152.nii.gz").shape == (197, 233, 189)
 
 
 def test_each_volume_gets_a_label_map_on_its_own_grid_and_a_picture(task, folder, tmp_path):
