@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,6 +23,7 @@ from common.methods import LinearProbe, MethodSpec
 from common.task import Backbone, OptimSpec
 from domains.medical._labelmaps import dice_keys, largest_components, plain_names, write_nifti
 from domains.medical._task import MedicalTask
+from domains.medical.backbones._hooks import outputs_of
 from domains.medical.data._records import IGNORE, VolumeBatch
 from domains.medical.heads import HeadInit, PooledVolumeHead, SegmentationHead, TokenDecoder
 from domains.medical.losses import LossKind, SegmentationLoss
@@ -196,7 +196,7 @@ class Segmentation(MedicalTask):
             return super().compute_loss(batch)
         layers = cast(SegmentationHead, self.head).deep
         names = [name for name, _ in self._built.decoder[: len(layers)]]
-        with _outputs_of(self._built.model, names) as coarse:
+        with outputs_of(self._built.model, names) as coarse:
             losses = [super().compute_loss(batch)]
         padded, sides = self._padded(batch).shape[2:], batch.image.shape[2:]
         mode = "bilinear" if len(sides) == 2 else "trilinear"
@@ -280,23 +280,6 @@ class Segmentation(MedicalTask):
             **{key: None if s.isnan() else round(float(s), 6) for key, s in zip(keys, scores, strict=True)},
             "absent": [self.facts.class_names[number] for number in range(1, len(overlaps)) if not overlaps[number, 2]],
         }
-
-
-@contextmanager
-def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect what these modules put out while the model runs."""
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
-        )
-        for name in names
-    ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class VolumeClassification(MedicalTask):

@@ -15,6 +15,7 @@ from torch import nn
 from common.errors import GraftError, unknown
 from common.roles import Family
 from domains.medical.backbones import _families
+from domains.medical.backbones._hooks import outputs_of
 
 # What follows from the data and is never given by the user.
 FROM_DATA = ("spatial_dims", "in_channels", "out_channels", "img_size")
@@ -266,17 +267,9 @@ def _runs(built: Built, channels: int, sides: tuple[int, ...]) -> bool:
 
 def _decoder(built: Built, names: Sequence[str], channels: int, sides: tuple[int, ...]) -> tuple[tuple[str, int], ...]:
     """Return the modules with the channels of their outputs."""
-    widths: dict[str, int] = {}
-    hooks = [
-        built.model.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: widths.__setitem__(name, output.shape[1])
-        )
-        for name in names
-    ]
-    _mapped(built, channels, sides)
-    for hook in hooks:
-        hook.remove()
-    return tuple((name, widths[name]) for name in names)
+    with outputs_of(built.model, names) as seen:
+        _mapped(built, channels, sides)
+    return tuple((name, seen[name].shape[1]) for name in names)
 
 
 def _mapped(built: Built, channels: int, sides: tuple[int, ...]) -> tuple[int, ...]:
