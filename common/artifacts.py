@@ -18,6 +18,7 @@ from pathlib import Path
 from common import _sources
 from common._archives import Member, iter_members
 from common._catalog import Row, read_catalog
+from common._digest import file_digest
 from common.errors import GraftError, unknown
 
 __all__ = [
@@ -219,8 +220,7 @@ def _is_right(item: Row, path: Path, *, recheck: bool = False) -> bool:
     facts = _facts(item, path)
     if not recheck and facts in (_read_stamp(path), _hashed_here.get(path)):
         return True
-    with path.open("rb") as file:
-        right = hashlib.file_digest(file, "sha256").hexdigest() == item.sha256
+    right = file_digest(path) == item.sha256
     if right:
         _stamp(item, path)
     return right

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from common._digest import file_digest
 from common.errors import unknown
 from common.splits import SPLITS, Split
 
@@ -49,7 +50,8 @@ class SplitData(LightningDataModule, Generic[RecordT, FactsT]):
         for one, two in combinations([split for split in used if found[split]], 2):
             texts = {c for c in found[one] if isinstance(c, str)} & {c for c in found[two] if isinstance(c, str)}
             alike = set(sizes[one].values()) & set(sizes[two].values())
-            hashes = [{_hash(path) for path, size in sizes[split].items() if size in alike} for split in (one, two)]
+            both = (sizes[one], sizes[two])
+            hashes = [{file_digest(path) for path, size in side.items() if size in alike} for side in both]
             shared[f"{one}-{two}"] = len(texts) + len(hashes[0] & hashes[1])
         return {"splits": digests, "shared": shared}
 
@@ -94,8 +96,3 @@ class SplitData(LightningDataModule, Generic[RecordT, FactsT]):
 def _contents(given: Sequence[str | Path | None]) -> set[str | Path]:
     """Keep what can be compared: texts, and files that are there."""
     return {content for content in given if isinstance(content, str) or (content is not None and content.is_file())}
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common._digest import file_digest
 from common.errors import GraftError, suggest, unknown
 from common.splits import SPLITS, Split
 from domains.vision.data._images import SUFFIXES, read_image
@@ -248,8 +248,7 @@ def _contents_of(records: Sequence[Record]) -> list[str]:
 
 def _content_of(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError:
         # As above: named or skipped when the images are read.
         return f"unreadable {path}"
