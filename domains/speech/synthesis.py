@@ -21,24 +21,28 @@ from domains.speech._voice_figures import voice_figures
 from domains.speech._voice_task import VoiceTask
 from domains.speech.data.voices import VoiceBatch
 from domains.speech.voice_metrics import PARTS, Part
-from domains.speech.voices import Phonemes, build_voice
+from domains.speech.voices import Phonemes, Voice, build_voice
+from domains.speech.voices._lessons import Lesson, lessons_of
 from domains.speech.voices._listening import Listener
-from domains.speech.voices._objective import Terms, posterior_terms, reconstruction, warped_terms
+from domains.speech.voices._objective import Terms, posterior_terms, reconstruction, taught_terms, warped_terms
 from domains.speech.voices._posterior import Posterior, posterior_of
 from domains.speech.voices._warping import warp_recording
 
-Route = Literal["posterior", "dtw"]
-ROUTES: tuple[Route, ...] = ("posterior", "dtw")
+Route = Literal["converted", "posterior", "dtw"]
+ROUTES: tuple[Route, ...] = ("converted", "posterior", "dtw")
 
 
 class VoiceAdaptation(VoiceTask):
     """Adapt a pretrained voice to a speaker from minutes of recordings with their texts.
 
-    Route `posterior` is VITS' own objective (arXiv 2106.06103): latents come from a posterior encoder that hears the
-    recording, the flow's likelihood aligns them to the text, the decoder turns them back into sound. Piper's voices
-    lack the posterior encoder, so it is first distilled from the voice's own speech, where the latents are known. Route
-    `dtw` needs none: durations come from warping the recording onto the voice's own speech, and the decoder's sound for
-    the text alone is compared with the recording. With `words`, a frozen recogniser compares what it hears.
+    Route `converted` lets the voice say the recordings' texts and converts that speech, by a map of pitch and envelope
+    that is learned from the recordings (`Conversion`); the voice then learns to make the converted sound of the very
+    latents that it had made its own of. Nothing has to be aligned, so words stay. Route `posterior` is VITS' own
+    objective (arXiv 2106.06103): latents come from a posterior encoder that hears the recording, the flow's likelihood
+    aligns them to the text, the decoder turns them back into sound. Piper's voices lack the posterior encoder, so it is
+    first distilled from the voice's own speech, where the latents are known. Route `dtw` needs none: durations come
+    from warping the recording onto the voice's own speech, and the decoder's sound for the text alone is compared with
+    the recording. With `words`, a frozen recogniser compares what it hears.
 
     Nothing of this is chosen by a spectral distance: that one goes on falling while words garble. Validation and test
     speak the texts and measure pitch, spectra, who seems to speak and, in the test, the words.
@@ -47,7 +51,7 @@ class VoiceAdaptation(VoiceTask):
         backbone: `piper-joe-medium`; or a folder or hub name of a VITS of transformers, such as `facebook/mms-tts-eng`.
         peft: The PEFT method; parts for its `on` are `text`, `flow`, `decoder` and `durations`.
         optim: Optimizer and schedule. The head is the pace, one number, and a trained posterior encoder has its rate.
-        route: `posterior` or `dtw`.
+        route: `converted`, `posterior` or `dtw`.
         words: Weight of the distance that a frozen recogniser hears (`Listener`); 0 leaves it out.
         scale: Share of the learned change that is spoken and exported, from 0, the voice as it was, to 1: each trained
             parameter is put at this point between its start and its end.
@@ -78,7 +82,7 @@ class VoiceAdaptation(VoiceTask):
         backbone: str,
         peft: MethodSpec,
         optim: OptimSpec = OptimSpec(),  # noqa: B008  (frozen)
-        route: Route = "posterior",
+        route: Route = "converted",
         words: float = 0.0,
         scale: float = 1.0,
         posterior: Literal["frozen", "train"] = "train",
@@ -124,6 +128,7 @@ class VoiceAdaptation(VoiceTask):
         self._listener: Listener | None = None
         self._share: Share | None = None
         self._warped: dict[tuple[bytes, str], Tensor] = {}
+        self._lessons: dict[str, Lesson] = {}
         self._spoken: set[int] = set()
 
     # ---- building
@@ -198,12 +203,16 @@ class VoiceAdaptation(VoiceTask):
         settings = self.settings
         if settings["words"]:
             self._listener = Listener("whisper-tiny-en")
+        if settings["route"] == "converted":
+            records = {record.text: record for record in data.records("train")}
+            texts = sorted({*records, *(record.text for record in data.records("val"))})
+            lines = {text: torch.tensor(self._ids(text)) for text in texts}
+            clips = {text: data.load(record) for text, record in sorted(records.items())}
+            self._lessons = lessons_of(self._unadapted(), lines, clips)
+            return
         if settings["route"] == "posterior":
             lines = sorted({record.text for record in data.records("train")})
-            own = replace(self._voice, model=self.attached.model)  # random weights are not built twice alike
-            if settings["pretrained"]:
-                wanted = {key: settings[key] for key in ("pretrained", "weights")}
-                own = replace(build_voice(settings["backbone"], **wanted), symbols=self._voice.symbols)
+            own = self._unadapted()
             made = posterior_of(own, lines, seconds=settings["distil_seconds"], steps=settings["distil_steps"], seed=0)
             if self.posterior is None:
                 self.posterior = made
@@ -221,11 +230,23 @@ class VoiceAdaptation(VoiceTask):
                 self._warped[key] = warp_recording(self._voice, self.backbone, ids, audio)
         self.train(was_training)
 
+    def _unadapted(self) -> Voice:
+        """Return the voice as it came, apart from this task's network where it was pretrained."""
+        settings = self.settings
+        if not settings["pretrained"]:
+            return replace(self._voice, model=self.attached.model)  # random weights are not built twice alike
+        wanted = {key: settings[key] for key in ("pretrained", "weights")}
+        return replace(build_voice(settings["backbone"], **wanted), symbols=self._voice.symbols)
+
     # ---- steps
 
     def terms(self, batch: VoiceBatch) -> Terms:
         """Compute the parts of the objective on a batch."""
         lines, window = self._lines(batch.text), self.settings["window"]
+        if self.settings["route"] == "converted":
+            lessons = [self._lessons[text] for text in batch.text]
+            frames = batch.lengths // self._voice.hop
+            return taught_terms(self._voice, self.backbone, lines, lessons, frames, window)
         if self.settings["route"] == "dtw":
             rows = [
                 self._warped[content(audio[:length].cpu()), text]
@@ -243,7 +264,7 @@ class VoiceAdaptation(VoiceTask):
         pace = (terms.total + self.head.log_pace).square().mean()
         parts = {
             "sound": reconstruction(self._voice, terms.windows, settings["mel_weight"], settings["stft_weight"]),
-            "durations": settings["duration_weight"] * (terms.symbols + pace),
+            "durations": settings["duration_weight"] * (pace if terms.symbols is None else terms.symbols + pace),
         }
         if terms.likelihood is not None:
             parts["likelihood"] = settings["likelihood_weight"] * terms.likelihood

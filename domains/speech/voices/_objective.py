@@ -1,7 +1,8 @@
-"""What a voice is adapted by: VITS' own objective (arXiv 2106.06103), or durations by warping as a plain baseline."""
+"""What a voice is adapted by: VITS' own objective (arXiv 2106.06103), its own converted speech, warped recordings."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from domains.speech.backbones._backbone import bare
 from domains.speech.voices._alignment import align, frame_likelihoods
+from domains.speech.voices._lessons import Lesson
 from domains.speech.voices._posterior import Posterior
 from domains.speech.voices._spectrum import magnitudes, mel_distance, stft_distance
 from domains.speech.voices._vits import expand, log_durations
@@ -40,14 +42,14 @@ class Terms(NamedTuple):
 
     Attributes:
         windows: What the decoder made of latents, beside the recording.
-        likelihood: The divergence of the posterior from the prior, in nats a frame; None on the route of warping.
-        symbols: Mean squared error of the logarithmic durations at the predictor's mode.
-        total: Logarithm of predicted over aligned frames of each line, (B,), at drawn durations, without gradient.
+        likelihood: The divergence of the posterior from the prior, in nats a frame; None on routes without a posterior.
+        symbols: Mean squared error of the logarithmic durations at the predictor's mode; None where they stay.
+        total: Logarithm of predicted over recorded frames of each line, (B,), at drawn durations, without gradient.
     """
 
     windows: Windows
     likelihood: Tensor | None
-    symbols: Tensor
+    symbols: Tensor | None
     total: Tensor
 
 
@@ -114,6 +116,38 @@ def warped_terms(voice: Voice, model: nn.Module, lines: Lines, audio: Tensor, du
     )
 
 
+def taught_terms(
+    voice: Voice, model: nn.Module, lines: Lines, lessons: Sequence[Lesson], frames: Tensor, window: int
+) -> Terms:
+    """Compute the objective on the voice's own lines, spoken with the draws of their lessons and compared with them.
+
+    Durations are those that the voice had; only its pace follows the recordings.
+
+    Args:
+        voice: The voice.
+        model: Its network with adapters.
+        lines: What is said, B lines.
+        lessons: The lesson of each line.
+        frames: Frames of the recording of each line, (B,).
+        window: Frames of a window.
+    """
+    net: Any = bare(model)
+    prior = read(model, lines.ids, lines.lengths)
+    durations = nn.utils.rnn.pad_sequence([lesson.durations for lesson in lessons], batch_first=True).to(frames.device)
+    said = durations.sum(1)
+    drawn = nn.utils.rnn.pad_sequence([lesson.drawn.T for lesson in lessons], batch_first=True).transpose(1, 2)
+    mean, scale = expand(prior.mean, durations), expand(prior.log_scale, durations).exp()
+    mask = _mask(said, mean.shape[2]).to(mean)
+    latents = net.flow((mean + voice.noise * scale * drawn.to(mean)) * mask, mask, reverse=True)
+    audio = nn.utils.rnn.pad_sequence([lesson.audio for lesson in lessons], batch_first=True).to(mean)
+    return Terms(
+        windows=_windows(voice, net, latents, audio, said, window),
+        likelihood=None,
+        symbols=None,
+        total=_total(voice, net, prior, frames),
+    )
+
+
 def reconstruction(voice: Voice, windows: Windows, mel: float, stft: float) -> Tensor:
     """Return the weighted sum of mel distance and multi-resolution STFT distance of windows."""
     loss = mel * mel_distance(windows.made, windows.wanted, voice.rate, voice.hop)
@@ -143,13 +177,17 @@ def _durations(voice: Voice, net: Any, prior: Prior, durations: Tensor) -> dict[
     wanted = durations.clamp(min=1).to(prior.hidden).log()
     mode = log_durations(net, prior.hidden, prior.mask, None)
     symbols = functional.mse_loss(mode[inside], wanted[inside])
-    with torch.no_grad():
-        start = voice.duration_noise * torch.randn_like(prior.hidden[:, :2])
-        drawn = log_durations(net, prior.hidden, prior.mask, start).exp() * prior.mask[:, 0]
-        # A synthesis rounds each symbol up, by half a frame on average.
-        predicted = drawn.sum(1) + 0.5 * prior.mask[:, 0].sum(1)
-        total = (predicted / durations.sum(1)).log()
-    return {"symbols": symbols, "total": total}
+    return {"symbols": symbols, "total": _total(voice, net, prior, durations.sum(1))}
+
+
+@torch.no_grad()
+def _total(voice: Voice, net: Any, prior: Prior, frames: Tensor) -> Tensor:  # noqa: ANN401
+    """Return the logarithm of predicted over recorded frames (B,)."""
+    start = voice.duration_noise * torch.randn_like(prior.hidden[:, :2])
+    drawn = log_durations(net, prior.hidden, prior.mask, start).exp() * prior.mask[:, 0]
+    # A synthesis rounds each symbol up, by half a frame on average.
+    predicted = drawn.sum(1) + 0.5 * prior.mask[:, 0].sum(1)
+    return (predicted / frames).log()
 
 
 def _windows(voice: Voice, net: Any, latents: Tensor, audio: Tensor, frames: Tensor, window: int) -> Windows:  # noqa: ANN401

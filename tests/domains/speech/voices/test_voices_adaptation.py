@@ -1,4 +1,4 @@
-"""The task: both routes train, a stopped run goes on exactly, an export speaks alone, and bad input is answered."""
+"""The task: all routes train, a stopped run goes on exactly, an export speaks alone, and bad input is answered."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from common.task import OptimSpec
 from domains.speech import DOMAIN
 from domains.speech.synthesis import VoiceAdaptation, base_voice, recordings
 from domains.speech.voices import build_voice, synthesize
+from domains.speech.voices._lessons import lessons_of
 from domains.speech.voices._listening import Listener
 from tests.domains.speech.voices.nets import toy_folder
-from tests.domains.speech.voices.toy_data import RATE, data_of, table
+from tests.domains.speech.voices.toy_data import RATE, TEXTS, data_of, table
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 DOMAINS = {"speech": DOMAIN}
 TRAINER = {"accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
 SMALL = {
+    "route": "posterior",
     "posterior": "frozen",
     "distil_seconds": 1.0,
     "distil_steps": 2,
@@ -39,6 +41,7 @@ def cache(tmp_path_factory):
     """A cache for the module, so that recordings are cleaned and a posterior encoder is distilled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("domains.speech.voices._conversion._FRAMES_EACH", 100)  # seconds of recordings, not minutes
         yield
 
 
@@ -110,6 +113,7 @@ def _speech_of(voice, text, like):
         ({}, None),
         ({"posterior": "train"}, None),
         ({"route": "dtw"}, BitFit()),
+        ({"route": "converted"}, None),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(cache, voice, clips, tmp_path, options, peft):
@@ -124,6 +128,27 @@ def test_a_stopped_run_goes_on_exactly(cache, voice, clips, tmp_path, options, p
     assert any(name.startswith("posterior.") for name in one) == (options.get("posterior") == "train")
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
+
+
+def test_the_route_of_conversion_learns_from_train_alone_and_leaves_durations(cache, voice, clips, monkeypatch):
+    asked = {}
+
+    def lessons(own, lines, recordings, seed=0):
+        asked.update(lines=set(lines), recordings=set(recordings))
+        return lessons_of(own, lines, recordings, seed)
+
+    monkeypatch.setattr("domains.speech.synthesis.lessons_of", lessons)
+    task, data = task_of(voice, route="converted", peft=FullFineTune()), data_of(clips)
+    prepared(task, data)
+    assert asked["recordings"] == set(TEXTS["train"])
+    assert asked["lines"] == {*TEXTS["train"], *TEXTS["val"]}
+    batch = next(iter(data.train_dataloader()))
+    parts = task.parts_of(batch)
+    assert set(parts) == {"sound", "durations"}
+    sum(parts.values()).backward()
+    touched = {name for name, p in task.backbone.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert not any("duration_predictor" in name for name in touched)
+    assert all(any(part in name for name in touched) for part in ("text_encoder", "flow", "decoder"))
 
 
 def test_words_add_a_distance_with_a_gradient(cache, voice, clips, whisper, monkeypatch):
@@ -205,7 +230,7 @@ def test_baselines_speak_as_the_voice_came_and_take_the_recordings(cache, voice,
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"route": "mas"}, "Unknown route 'mas'.*Allowed: dtw, posterior"),
+        ({"route": "mas"}, "Unknown route 'mas'.*Allowed: converted, dtw, posterior"),
         ({"measures": ["wer"]}, "Unknown measure 'wer'"),
         ({"scale": 1.5, "window": 2, "words": -1}, r"words is -1 .*scale is 1.5 .*window is 2 \(at least 8\)"),
     ],
