@@ -253,16 +253,33 @@ def _narrowed(plan: Plan, blocks: Sequence[str], name: str) -> Plan:
     if not held or plan.peft_config is None:
         raise GraftError(f"PerGroup: {name} has nothing to act on in {', '.join(blocks)}. Leave it out there.")
     config = copy.deepcopy(plan.peft_config)
-    setattr(config, "target_modules", exact(held))  # noqa: B010  (PeftConfig itself declares none)
+    _keep(config, held)
+    looks = tuple((spec, tuple(module for module in names if module in held)) for spec, names in plan.looks)
+    targets = {module: plan.targets[module] for module in held}
+    return dataclasses.replace(plan, peft_config=config, targets=targets, looks=looks)
+
+
+def _keep(config: Any, held: Sequence[str]) -> None:  # noqa: ANN401  (PeftConfig itself declares no target_modules)
+    """Let a configuration act on these modules alone; of several methods' each part on those that it has chosen."""
+    from common.tuners import MixtureConfig
+
+    if isinstance(config, MixtureConfig):
+        parts: list[Any] = []
+        for part in config.built():
+            inner = isinstance(part, MixtureConfig)
+            own = [name for name in held if inner or re.fullmatch(getattr(part, "target_modules"), name)]  # noqa: B009
+            _keep(part, own)
+            if part.parts if inner else own:
+                parts.append(part)
+        config.parts = MixtureConfig(parts=parts).parts
+        return
+    config.target_modules = exact(held)
     for pattern in ("rank_pattern", "alpha_pattern"):  # PEFT warns of entries for layers that are no targets
         given = getattr(config, pattern, None) or {}
         if given:
             setattr(
                 config, pattern, {key: value for key, value in given.items() if any(map(re.compile(key).match, held))}
             )
-    looks = tuple((spec, tuple(module for module in names if module in held)) for spec, names in plan.looks)
-    targets = {module: plan.targets[module] for module in held}
-    return dataclasses.replace(plan, peft_config=config, targets=targets, looks=looks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -146,6 +146,24 @@ def test_a_group_acts_inside_its_blocks_alone():
     assert set(targets) == first | second  # the norms outside of the blocks stay frozen
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MAM(length=2, width=3),
+        Mixture(parts=[LoRA(on=["attention"]), Mixture(parts=[Houlsby(), NormTuning()])]),
+        Mixture(parts=[LoRA(), Mixture(parts=[LoRA(target_modules=["embed"])])]),
+    ],
+    ids=["a hybrid", "mixtures", "a part without a module"],
+)
+def test_a_group_holds_a_composed_method_inside_its_blocks(spec):
+    """Also where a part has nothing in them."""
+    found = set(trainable(attached(PerGroup(groups=[[spec], [BitFit()]]), depth=4)))
+    first, second = (trainable(attached(method, depth=4)) for method in (spec, BitFit()))
+    expected = {name for name in first if re.search(r"\.blocks\.[01]\.", name)}
+    assert expected < set(first)
+    assert found == expected | {name for name in second if re.search(r"\.blocks\.[23]\.", name)}
+
+
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(GraftError, match="3 groups for 2 blocks"):
         attached(PerGroup(groups=[[LoRA()]] * 3), depth=2)
