@@ -80,6 +80,7 @@ class TokenStream:
         attention: The self-attention modules, each of which calls torch's `scaled_dot_product_attention` once.
         mask: Name and place (0 is the first argument behind the tokens) of a block's mask of the keys, (B, T) or
             (B, 1, T or 1, T), True or 0 where a token is seen; None where blocks take none.
+        key_mask: Name of an attention module's argument with that mask, where it takes one.
         rotary: Name of a block's argument with the rotary positions, and their form: `pair`, cosines and sines of the
             positions 0, 1, ... (..., T, D) each; `cat`, sines and cosines side by side (..., T, 2 D) for the last T
             tokens.
@@ -91,6 +92,7 @@ class TokenStream:
     blocks: str
     attention: Pattern | None = None
     mask: tuple[str, int] | None = None
+    key_mask: str = "attention_mask"
     rotary: tuple[str, Literal["pair", "cat"]] | None = None
     biased: bool = False
     fixed: str = ""

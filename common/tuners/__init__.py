@@ -22,6 +22,7 @@ from common.tuners.conv_lora import ConvLoraConfig, ConvLoraModel
 from common.tuners.copies import CopiesConfig, CopiesModel
 from common.tuners.fact import FactConfig, FactModel
 from common.tuners.fusion import FusionConfig, FusionModel
+from common.tuners.gated_lora import GatedLoraConfig, GatedLoraModel
 from common.tuners.invertible import InvertibleConfig, InvertibleModel, halves
 from common.tuners.ladder import LadderConfig, LadderModel
 from common.tuners.mixture import MixtureConfig, MixtureModel
@@ -33,6 +34,7 @@ from common.tuners.salient import SalientConfig, SalientModel
 from common.tuners.scale_shift import ScaleShiftConfig, ScaleShiftModel
 from common.tuners.sparse import SparseConfig, SparseModel
 from common.tuners.stack import StackConfig, StackModel
+from common.tuners.unipelt import UniPeltConfig, UniPeltModel
 from common.tuners.weight_form import WeightFormConfig, WeightFormModel
 from common.tuners.weight_lora import WeightLoraConfig, WeightLoraModel, matrix_shape
 
@@ -53,6 +55,8 @@ __all__ = [
     "FactModel",
     "FusionConfig",
     "FusionModel",
+    "GatedLoraConfig",
+    "GatedLoraModel",
     "InvertibleConfig",
     "InvertibleModel",
     "LadderConfig",
@@ -76,6 +80,8 @@ __all__ = [
     "SparseModel",
     "StackConfig",
     "StackModel",
+    "UniPeltConfig",
+    "UniPeltModel",
     "WeightFormConfig",
     "WeightFormModel",
     "WeightLoraConfig",
@@ -107,9 +113,11 @@ OWN: dict[type[OwnConfig], type[BaseTuner]] = {
     WeightFormConfig: WeightFormModel,
     FactConfig: FactModel,
     FusionConfig: FusionModel,
+    GatedLoraConfig: GatedLoraModel,
     SalientConfig: SalientModel,
     SparseConfig: SparseModel,
     StackConfig: StackModel,
+    UniPeltConfig: UniPeltModel,
     WeightLoraConfig: WeightLoraModel,
 }
 

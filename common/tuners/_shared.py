@@ -93,6 +93,16 @@ class Passage:
         """Leave a tensor; one that nobody took is forgotten."""
         self._left = tensor
 
+    def look(self) -> Tensor:
+        """Return what was left, and leave it for others to look at.
+
+        Raises:
+            RuntimeError: Nothing was left.
+        """
+        if self._left is None:
+            raise RuntimeError("A layer ran without the one that leaves a tensor for it.")
+        return self._left
+
     def take(self) -> Tensor | None:
         """Return what was left and empty the place; None where nothing was."""
         left, self._left = self._left, None

@@ -6,6 +6,7 @@ added. So projections, rotary positions, masks, caches and drop-out are the modu
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
@@ -16,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from common.errors import GraftError
 from common.tuners._base import OwnConfig, OwnLayer, OwnTuner, like
+from common.tuners._gate import TokenGate, seen_tokens
+from common.tuners._shared import Passage
 
 PREFIX = "PREFIX"
 
@@ -30,6 +33,10 @@ class PrefixConfig(OwnConfig):
         length: Number of keys and values.
         widths: Channels of all heads together, by the full name of the module.
         gate: Attend to them apart and add the result scaled by the tanh of a trained number that starts at zero.
+        token_widths: Channels of the tokens that a module reads, by its full name, where a gate of each example's own
+            scales keys and values (see `TokenGate`).
+        mask: Name of the module's argument with its mask of the keys, by which such a gate knows padding; None where
+            there is none.
     """
 
     own_type: ClassVar[str] = PREFIX
@@ -37,6 +44,8 @@ class PrefixConfig(OwnConfig):
     length: int = 10
     widths: dict[str, int] = field(default_factory=dict)
     gate: bool = False
+    token_widths: dict[str, int] = field(default_factory=dict)
+    mask: str | None = None
 
 
 class PrefixLayer(OwnLayer):
@@ -44,24 +53,35 @@ class PrefixLayer(OwnLayer):
 
     Q, K, V, the scale s and the mask or bias M are what the module hands to torch's attention. With a gate g it is
     softmax(Q K^T s + M) V + tanh(g) softmax(Q P_K^T s) P_V.
+
+    With a gate of the tokens, each example attends to c P_K and c P_V, c one number of what the module reads, its first
+    argument. `passage` holds which of the tokens are no padding, for other gates in the block.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("kvprefix_keys", "kvprefix_values", "kvprefix_gate")
+    adapter_layer_names: tuple[str, ...] = ("kvprefix_keys", "kvprefix_values", "kvprefix_gate", "kvprefix_input_gate")
+    other_param_names: tuple[str, ...] = ("mask",)
 
     def build(self) -> None:
         """Make the containers."""
         self.kvprefix_keys, self.kvprefix_values = nn.ParameterDict(), nn.ParameterDict()
-        self.kvprefix_gate = nn.ParameterDict()
+        self.kvprefix_gate, self.kvprefix_input_gate = nn.ParameterDict(), nn.ModuleDict()
+        self.mask: dict[str, str | None] = {}
+        self.passage = Passage()
+        self._arguments = tuple(inspect.signature(self.get_base_layer().forward).parameters)
 
     def start(self, adapter_name: str, config: PrefixConfig, key: str) -> None:
         """Add keys and values, drawn near zero, and the gate at zero."""
-        kind = like(next(self.get_base_layer().parameters()))
+        weight = next(self.get_base_layer().parameters())
+        kind = like(weight)
         for part in (self.kvprefix_keys, self.kvprefix_values):
             part[adapter_name] = nn.Parameter(
                 torch.empty(config.length, config.widths[key], **kind).normal_(std=_START)
             )
         if config.gate:
             self.kvprefix_gate[adapter_name] = nn.Parameter(torch.zeros(1, **kind))
+        if config.token_widths:
+            self.kvprefix_input_gate[adapter_name] = TokenGate(config.token_widths[key], 1, weight)
+        self.mask[adapter_name] = config.mask
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the attention with the active adapter; arguments and results are the module's own."""
@@ -75,7 +95,8 @@ class PrefixLayer(OwnLayer):
     def adapted(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the attention with further keys and values."""
         gate = self.kvprefix_gate[adapter_name] if adapter_name in self.kvprefix_gate else None
-        with _Attending(*self.keys_values(adapter_name), gate) as attending:
+        share = self._share(adapter_name, *args, **kwargs) if adapter_name in self.kvprefix_input_gate else None
+        with _Attending(*self.keys_values(adapter_name), gate, share) as attending:
             out = self.base_layer(*args, **kwargs)
         if attending.calls != 1:
             raise GraftError(
@@ -84,6 +105,15 @@ class PrefixLayer(OwnLayer):
                 "with the attention 'sdpa', or choose another method."
             )
         return out
+
+    def _share(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Return by how much each example's keys and values are scaled, (B,), and leave which tokens are no padding."""
+        given = dict(zip(self._arguments, args, strict=False)) | kwargs
+        tokens: Tensor = given[self._arguments[0]]
+        mask = self.mask[adapter_name]
+        seen = seen_tokens(tokens, None if mask is None else given.get(mask))
+        self.passage.leave(seen)
+        return self.kvprefix_input_gate[adapter_name](tokens, seen).flatten()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Refuse: a key is no change of a weight."""
@@ -97,11 +127,14 @@ class PrefixLayer(OwnLayer):
 
 
 class _Attending(TorchFunctionMode):
-    """Adds keys and values (length, channels) to each call of torch's attention, and counts the calls."""
+    """Adds keys and values (length, channels) to each call of torch's attention, and counts the calls.
 
-    def __init__(self, keys: Tensor, values: Tensor, gate: Tensor | None) -> None:
+    With `share` (B,) each example gets that share of them.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, gate: Tensor | None, share: Tensor | None) -> None:
         super().__init__()
-        self.keys, self.values, self.gate = keys, values, gate
+        self.keys, self.values, self.gate, self.share = keys, values, gate, share
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
@@ -122,6 +155,9 @@ class _Attending(TorchFunctionMode):
     ) -> Tensor:
         """Attend; the arguments are torch's, query (B, H, Q, D), key and value (B, H, K, D)."""
         keys, values = (_heads(own, to) for own, to in ((self.keys, key), (self.values, value)))
+        if self.share is not None:
+            share = self.share.to(key.dtype).view(-1, *(1,) * (key.ndim - 1))
+            keys, values = share * keys, share * values
         attend = functional.scaled_dot_product_attention
         if self.gate is not None:
             base = attend(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **how)

@@ -55,6 +55,7 @@ T5 = Family(
     tokens=TokenStream(
         blocks=r"encoder\.block\.\d+",
         attention=Pattern(rf"{_T5_LAYER}\.0\.SelfAttention", (nn.Module,)),
+        key_mask="mask",
         fixed="it scores tokens by their distance, which a prompt has not",
     ),
     projections={f"attention_{part}": rf"{_T5_LAYER}\.0\.SelfAttention\.{part}" for part in "qkv"},

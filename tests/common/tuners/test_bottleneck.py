@@ -10,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from common.tuners import BottleneckConfig
+from common.tuners._shared import Passage
 
 LAYERS = {
     "linear": (nn.Linear(8, 6), (2, 5, 8)),
@@ -61,6 +62,36 @@ def test_the_bottlenecks_output_is_added_to_the_layers(kind, activation, act):
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
         assert not torch.allclose(model(x), bare(x), atol=1e-2)
     assert torch.equal(model.layer.base_layer.weight, bare.weight)
+
+
+@torch.no_grad()
+def test_a_gate_of_the_layers_own_output_scales_what_each_example_adds():
+    bare, x = nn.Linear(8, 6), torch.randn(2, 5, 8)
+    model = wrap(bare, width=4, scale=0.5, activation="relu", input_gate=True)
+    assert torch.equal(model(x), Net(bare).requires_grad_(False)(x))
+    randomise(model)
+    layer, h = model.layer, bare(x)
+    down, up, gate = (getattr(layer, f"badapter_{part}")["default"] for part in ("down", "up", "gate"))
+    added = 0.5 * up(torch.relu(down(h)))
+    seen = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    for counted in (None, seen):
+        if counted is not None:
+            layer.passages["default"] = Passage()
+            layer.passages["default"].leave(counted)
+        shares = torch.stack(
+            [
+                torch.sigmoid((h[row] if counted is None else h[row][counted[row]]) @ gate.weight[0] + gate.bias).mean()
+                for row in range(2)
+            ]
+        )
+        torch.testing.assert_close(model(x), h + shares[:, None, None] * added, atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="A gated bottleneck ran without the attention of its block before it"):
+        model(x)
+
+
+def test_a_gate_of_a_convolutions_output_is_refused():
+    with pytest.raises(TypeError, match=r"'layer' \(Conv2d\) is no linear layer; a gate averages over tokens"):
+        wrap(nn.Conv2d(4, 4, 1), input_gate=True)
 
 
 def test_two_adapters_keep_their_own_width_scale_and_activation():

@@ -19,6 +19,7 @@ from common.tuners import (
     CopiesConfig,
     FactConfig,
     FusionConfig,
+    GatedLoraConfig,
     InvertibleConfig,
     LadderConfig,
     MixtureConfig,
@@ -32,6 +33,7 @@ from common.tuners import (
     ScaleShiftConfig,
     SparseConfig,
     StackConfig,
+    UniPeltConfig,
     WeightFormConfig,
     WeightLoraConfig,
     is_own,
@@ -68,7 +70,7 @@ CONFIGS = {
     "ladder": lambda: LadderConfig(target_modules="layer", channels={"layer": 5}, width=2, previous={"layer": None}),
 }
 UNMERGED = ("beside", "behind")
-OF_TOKENS = {PrefixConfig, PromptTokensConfig}  # act on no convolution; they have tests of their own
+OF_TOKENS = {PrefixConfig, PromptTokensConfig, GatedLoraConfig}  # act on no convolution; they have tests of their own
 WEIGHTLESS = ("behind", "compacter", "invertible", "post", "reft", "ladder")  # ask for the layer's output alone
 UNMERGED = ("beside", *WEIGHTLESS)
 EACH = pytest.mark.parametrize("kind", CONFIGS)
@@ -123,7 +125,7 @@ def two(kind):
 
 def test_all_types_are_own():
     """Those that act on no single convolution have modules of their own: compositions, pairs, linear layers, tokens."""
-    elsewhere = {MixtureConfig, StackConfig, FusionConfig, ParallelConfig, ConvLoraConfig} | OF_TOKENS
+    elsewhere = {MixtureConfig, StackConfig, UniPeltConfig, FusionConfig, ParallelConfig, ConvLoraConfig} | OF_TOKENS
     assert {type(make()) for make in CONFIGS.values()} | elsewhere == OWN.keys()
     assert all(is_own(config().peft_type) for config in OWN)
     assert not any(is_own(other) for other in (None, "LORA", "BITFIT"))

@@ -49,13 +49,20 @@ def net(**kwargs):
         return Net(**kwargs).eval()
 
 
-def config(length=3, width=8, gate=False):
-    return PrefixConfig(target_modules="attention", length=length, widths={"attention": width}, gate=gate)
+def config(length=3, width=8, gate=False, opened=False):
+    return PrefixConfig(
+        target_modules="attention",
+        length=length,
+        widths={"attention": width},
+        gate=gate,
+        token_widths={"attention": 8} if opened else {},
+        mask="mask",
+    )
 
 
-def wrapped(adapter="default", seed=0, gate=False, length=3, **kwargs):
+def wrapped(adapter="default", seed=0, gate=False, length=3, opened=False, **kwargs):
     """A net with keys and values that matter."""
-    model = get_peft_model(net(**kwargs), config(length, kwargs.get("width", 8), gate), adapter_name=adapter)
+    model = get_peft_model(net(**kwargs), config(length, kwargs.get("width", 8), gate, opened), adapter_name=adapter)
     return randomise(model, adapter, seed)
 
 
@@ -63,31 +70,39 @@ def randomise(model, adapter, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "kvprefix_" in name and name.endswith(adapter):
+            if "kvprefix_" in name and f".{adapter}" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def by_hand(model, x, mask=None, adapter="default"):
-    """softmax(Q [P_K, K]^T s + [0, M]) [P_V, V], or the gated sum, in plain products; mask True at what is seen."""
+    """softmax(Q [P_K, K]^T s + [0, M]) [P_V, V], or the gated sum, in plain products; mask True at what is seen.
+
+    With a gate of the tokens, P_K and P_V are scaled by the mean over those that any token sees.
+    """
     layer = model.base_model.model.attention
     attention = layer.base_layer
     q, k, v = attention.qkv(x).unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
     keys, values = (
-        part[adapter].unflatten(1, (attention.heads, -1)).transpose(0, 1)
+        part[adapter].unflatten(1, (attention.heads, -1)).transpose(0, 1).expand(len(x), -1, -1, -1)
         for part in (layer.kvprefix_keys, layer.kvprefix_values)
     )
+    if adapter in layer.kvprefix_input_gate:
+        gate = layer.kvprefix_input_gate[adapter]
+        seen = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.flatten(1, -2).any(1)
+        read = [torch.sigmoid(x[row][seen[row]] @ gate.weight.T + gate.bias).mean() for row in range(len(x))]
+        keys, values = (part * torch.stack(read)[:, None, None, None] for part in (keys, values))
     own = q @ k.transpose(2, 3) * 0.3
     if attention.causal:
         mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()
     if mask is not None:
         own = own.masked_fill(~mask, float("-inf"))
-    added = q @ keys.transpose(1, 2) * 0.3
+    added = q @ keys.transpose(2, 3) * 0.3
     if adapter in layer.kvprefix_gate:
         mixed = own.softmax(3) @ v + layer.kvprefix_gate[adapter].tanh() * (added.softmax(3) @ values)
     else:
         weights = torch.cat((added, own), dim=3).softmax(3)
-        mixed = weights[..., : keys.shape[1]] @ values + weights[..., keys.shape[1] :] @ v
+        mixed = weights[..., : keys.shape[2]] @ values + weights[..., keys.shape[2] :] @ v
     return attention.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -98,10 +113,11 @@ def by_hand(model, x, mask=None, adapter="default"):
     heads=st.sampled_from([1, 2, 4]),
     length=st.integers(1, 4),
     gate=st.booleans(),
+    opened=st.booleans(),
     masked=st.sampled_from(["no", "bool", "float", "causal"]),
 )
-def test_attention_is_the_formulas(batch, count, heads, length, gate, masked):
-    model = wrapped(gate=gate, length=length, heads=heads, causal=masked == "causal")
+def test_attention_is_the_formulas(batch, count, heads, length, gate, opened, masked):
+    model = wrapped(gate=gate, length=length, opened=opened, heads=heads, causal=masked == "causal")
     x = torch.randn(batch, count, 8, generator=torch.Generator().manual_seed(count))
     seen = None
     if masked in ("bool", "float"):
@@ -121,9 +137,10 @@ def run(model):
         return model.eval()(x())
 
 
+@pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
-def test_all_of_it_trains_and_a_closed_gate_changes_no_bit(gate):
-    model = get_peft_model(net(), config(gate=gate))
+def test_all_of_it_trains_and_a_closed_gate_changes_no_bit(gate, opened):
+    model = get_peft_model(net(), config(gate=gate, opened=opened))
     assert torch.equal(run(model), run(net().requires_grad_(False))) == gate
     randomise(model, "default", 0)
     model(x()).square().sum().backward()
@@ -134,7 +151,7 @@ def test_all_of_it_trains_and_a_closed_gate_changes_no_bit(gate):
 
 def test_one_of_several_adapters_runs_and_any_can_be_deleted(tmp_path):
     model = wrapped("one", 1)
-    model.add_adapter("two", config(length=2, gate=True))
+    model.add_adapter("two", config(length=2, gate=True, opened=True))
     randomise(model, "two", 2)
     outputs = {}
     for name in ("one", "two"):
@@ -151,17 +168,17 @@ def test_one_of_several_adapters_runs_and_any_can_be_deleted(tmp_path):
     assert torch.equal(run(PeftModel.from_pretrained(net(), str(tmp_path / "two"))), outputs["two"])
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_half_precision_and_autocast(gate):
-    full = run(wrapped(gate=gate))
-    half = randomise(get_peft_model(net().bfloat16(), config(gate=gate)), "default", 0)
+@pytest.mark.parametrize(("gate", "opened"), [(False, False), (True, False), (False, True)])
+def test_half_precision_and_autocast(gate, opened):
+    full = run(wrapped(gate=gate, opened=opened))
+    half = randomise(get_peft_model(net().bfloat16(), config(gate=gate, opened=opened)), "default", 0)
     assert {p.dtype for n, p in half.named_parameters() if "kvprefix_" in n} == {torch.float32}
     with torch.no_grad():
         found = half(x().bfloat16())
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), full, atol=0.05, rtol=0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(run(wrapped(gate=gate)).float(), full, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(run(wrapped(gate=gate, opened=opened)).float(), full, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("times", [0, 2])

@@ -51,6 +51,14 @@ def test_a_passage_is_taken_from_once_and_copied_empty():
     assert passage.take() is None
 
 
+def test_what_was_left_can_be_looked_at_often():
+    passage = Passage()
+    with pytest.raises(RuntimeError, match="ran without the one that leaves a tensor for it"):
+        passage.look()
+    passage.leave(torch.ones(1))
+    assert passage.look() is passage.look() is passage.take()
+
+
 def test_layers_at_one_position_are_of_three_kinds():
     assert isinstance(pointwise(nn.Embedding(3, 4), 4, 2), nn.Linear)
     assert isinstance(pointwise(nn.ConvTranspose3d(3, 4, 2), 4, 2), nn.Conv3d)
