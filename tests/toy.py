@@ -89,6 +89,7 @@ SMALL = {
     "Compacter": {"width": 4},
     "ParallelAdapter": {"width": 3},
     "AdaptFormer": {"width": 3},
+    "UniPELT": {"rank": 2, "length": 2, "width": 3},
     "Convpass": {"width": 3},
     "ConvLoRA": {"rank": 2, "experts": 2},
     **{name: {"rank": 2} for name in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT")},

@@ -31,6 +31,7 @@ CHANGES_AT_START: Mapping[str, str] = MappingProxyType(
         "Stack": "it starts where the first adapter ended",
         "AdapterFusion": "it starts near the mean of the adapters",
         "MAM": "its prefixes take weight off the own keys",
+        "UniPELT": "its prefixes take weight off the own keys",
     }
 )
 

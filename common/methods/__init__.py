@@ -75,6 +75,7 @@ from common.methods.selective import (
     NormTuning,
     SHiRA,
 )
+from common.methods.unipelt import UniPELT
 
 METHODS: Mapping[str, type[MethodSpec]] = {
     spec.__name__: spec
@@ -142,6 +143,7 @@ METHODS: Mapping[str, type[MethodSpec]] = {
         InvertibleAdapter,
         RepAdapter,
         MAM,
+        UniPELT,
         Mixture,
         PerGroup,
         AtBudget,
@@ -220,6 +222,7 @@ __all__ = [
     "SuperTuning",
     "TinyLoRA",
     "UniLoRA",
+    "UniPELT",
     "VBLoRA",
     "VPTDeep",
     "VPTShallow",

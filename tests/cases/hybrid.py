@@ -35,11 +35,26 @@ def _mam(spec, model, targets):
     return len(model.blocks) * (2 * spec.length * 8 + spec.width * (8 + 8 + 1) + 8)
 
 
+def _unipelt(spec, model, targets):
+    """For each block of width 8: keys and values, A and B of queries and values, a bottleneck, and four gates."""
+    block = 2 * spec.length * 8 + 2 * spec.rank * (8 + 8) + 2 * spec.width * 8 + spec.width + 8 + 4 * (8 + 1)
+    return len(model.blocks) * block
+
+
 CASES = {
     "MAM": Case(
         toy=toy("MAM", length=2, width=3),
         zoo=None,
         total=_mam,
+        mergeable=False,
+        random_start=True,
+        starts_elsewhere=True,
+        without_family="belongs to no family that Graft knows",
+    ),
+    "UniPELT": Case(
+        toy=toy("UniPELT"),
+        zoo=None,
+        total=_unipelt,
         mergeable=False,
         random_start=True,
         starts_elsewhere=True,

@@ -165,7 +165,12 @@ REFUSED |= {
     for key, reason in NO_TOKENS.items()
     if method.taxonomy == "prompts"
 }
-REFUSED |= {("MAM", key): reason for (method, key), reason in REFUSED.items() if method == "PrefixTuning"}  # its part
+REFUSED |= {  # of which it is a part
+    (name, key): reason
+    for (method, key), reason in REFUSED.items()
+    for name in ("MAM", "UniPELT")
+    if method == "PrefixTuning"
+}
 REFUSED |= {
     (method, key): f"{method} acts on the hidden states that blocks hand on, .* none of this"
     for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")

@@ -213,7 +213,12 @@ REFUSED |= {
     if method.taxonomy == "prompts"
 }
 REFUSED["PrefixTuning", "unetr"] = "PrefixTuning cannot act on this unetr backbone: its attention is computed by hand"
-REFUSED |= {("MAM", key): reason for (method, key), reason in REFUSED.items() if method == "PrefixTuning"}  # its part
+REFUSED |= {  # of which it is a part
+    (name, key): reason
+    for (method, key), reason in REFUSED.items()
+    for name in ("MAM", "UniPELT")
+    if method == "PrefixTuning"
+}
 REFUSED["LST", "swin"] = "LST needs blocks of one width, and this backbone's have 12, 24, 48, 96 channels"
 REFUSED["BEFT", "unetr"] = r"BEFT trains biases, and 'vit\.blocks\.0\.attn\.qkv' has none"
 

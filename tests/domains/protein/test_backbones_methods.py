@@ -116,7 +116,12 @@ REFUSED = {
         for method in ("AdapterPlus", "LoReFT", "NoReFT", "DiReFT", "LST")
     },
 }
-REFUSED |= {("MAM", key): reason for (method, key), reason in REFUSED.items() if method == "PrefixTuning"}  # its part
+REFUSED |= {  # of which it is a part
+    (name, key): reason
+    for (method, key), reason in REFUSED.items()
+    for name in ("MAM", "UniPELT")
+    if method == "PrefixTuning"
+}
 
 
 def spec_of(method, key):

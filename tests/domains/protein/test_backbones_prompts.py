@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
 from common.attach import attach, probe
 from common.errors import GraftError
-from common.methods import PrefixTuning, PromptTuning, VPTDeep, VPTShallow
+from common.methods import PrefixTuning, PromptTuning, UniPELT, VPTDeep, VPTShallow
 from domains.protein.backbones import residue_features
 from domains.protein.backbones._families import BERT, T5
 from tests.domains.protein.nets import proteins, tiny
@@ -29,9 +29,9 @@ def prompts_of(model):
 
 
 def spread(model):
-    """Prefixes that matter."""
+    """Prefixes, and what stands beside them, that matter."""
     for name, parameter in model.named_parameters():
-        if "kvprefix_" in name:
+        if any(part in name for part in ("kvprefix_", "gatelora_", "badapter_")):
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
 
 
@@ -114,6 +114,7 @@ SPECS = {
     "VPTDeep": VPTDeep(length=LENGTH),
     "PrefixTuning": PrefixTuning(length=LENGTH),
     "PrefixTuning-gate": PrefixTuning(length=LENGTH, gate=True),
+    "UniPELT": UniPELT(length=LENGTH, rank=2, width=4),
 }
 
 
@@ -199,6 +200,17 @@ def test_the_relative_bias_of_a_t5_is_zero_for_a_prefix(t5):
         attention.o.register_forward_pre_hook(lambda module, args: noted.append(args[0]))
         result.model(input_ids=ids, attention_mask=mask)
         torch.testing.assert_close(noted[0][mask], mixed.transpose(1, 2).flatten(2)[mask], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_opens_no_gate_of_a_t5(t5):
+    ids, mask = torch.randint(0, 28, (2, 6), generator=torch.Generator().manual_seed(0)), mask_of()
+    result = attach(t5, UniPELT(length=LENGTH, rank=2, width=4), T5)
+    spread(result.model)
+    result.train(False)
+    together = result.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    alone = result.model(input_ids=ids[1:, :4], attention_mask=mask[1:, :4]).last_hidden_state
+    torch.testing.assert_close(together[1:, :4], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_t5_has_no_place_for_further_tokens(t5):
