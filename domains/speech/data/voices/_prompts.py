@@ -20,7 +20,7 @@ from domains.speech.data.voices._labels import RECOGNISER, SECONDS, Labeller, la
 ROOT = "usr/share/asterisk/sounds/en_US_f_Allison/"
 _INDEX = "prompts.json"
 _SILENCE = "silence/"  # the package's pauses; the codec leaves some noise in them
-_PARTS = 16
+PROMPT_PARTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +48,15 @@ class Prompt:
     agreed: bool
 
 
-def prompts(make: Callable[[], Labeller] = labeller) -> tuple[Sequence[Prompt], int]:
-    """Return all recordings of the package with their texts, labelling them at the first call (some minutes).
+def prompts(make: Callable[[], Labeller] = labeller, parts: int = PROMPT_PARTS) -> tuple[Sequence[Prompt], int]:
+    """Return recordings of the package with their texts, labelling them at the first call (some minutes for all).
 
     They are labelled in parts, each of which is kept, so that an interrupted run goes on where it was. The second value
-    is how many files of the package hold silence.
+    is how many files among them hold silence.
 
     Args:
         make: Makes what labels a clip; called only where labels are missing.
+        parts: How many of the sixteen parts are read; which clips are in a part a hash of their names decides.
 
     Raises:
         GraftError: An archive is not in the cache and cannot be fetched, or a prepared folder is damaged.
@@ -64,7 +65,7 @@ def prompts(make: Callable[[], Labeller] = labeller) -> tuple[Sequence[Prompt], 
     work = _Work(make)
     found: list[Prompt] = []
     silent = 0
-    for part in range(_PARTS):
+    for part in range(min(parts, PROMPT_PARTS)):
         folder = artifacts.prepared(f"{key}-{part:02}", lambda scratch, part=part: work.build(scratch, part))
         try:
             whole = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
@@ -100,12 +101,12 @@ class _Work:
 
     def build(self, folder: Path, part: int) -> None:
         """Write the clips of a part, chosen by a hash of their names, and their index."""
-        names = sorted(name for name in self._sounds if stable_hash(name, "part") % _PARTS == part)
+        names = sorted(name for name in self._sounds if stable_hash(name, "part") % PROMPT_PARTS == part)
         silent = [name for name in names if name.startswith(_SILENCE)]
         rows: list[Prompt] = []
         with progress_bar() as bar:
             spoken = [name for name in names if name not in silent]
-            for name in bar.track(spoken, description=f"Labelling the prompts, part {part + 1} of {_PARTS}"):
+            for name in bar.track(spoken, description=f"Labelling the prompts, part {part + 1} of {PROMPT_PARTS}"):
                 rows.append(self._prompt(folder, name))
         whole = {"prompts": [dataclasses.asdict(row) for row in rows], "silent": len(silent)}
         (folder / _INDEX).write_text(json.dumps(whole, ensure_ascii=False, indent=0), encoding="utf-8")

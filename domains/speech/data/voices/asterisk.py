@@ -11,7 +11,7 @@ from common.splits import Split, stable_hash
 from domains.speech._text import normalize
 from domains.speech.data._records import Record
 from domains.speech.data._splits import joined
-from domains.speech.data.voices._prompts import Prompt, prompts
+from domains.speech.data.voices._prompts import PROMPT_PARTS, Prompt, prompts
 from domains.speech.data.voices._records import VoiceSource
 from domains.speech.data.voices.base import VoiceData
 
@@ -34,6 +34,8 @@ class AsteriskVoice(VoiceData):
     Args:
         min_confidence: Least mean log-probability of a pseudo-label's tokens, natural logarithm.
         words: Whether the single words train too.
+        parts: How many of the sixteen parts of the package are read, 1 to 16: a first look labels few. A clip's
+            side does not depend on it unless a phrase of another part ties phrases together.
         test_fraction: Share of the phrases of at least four words that test.
         val_fraction: Share of them that validates.
         **kwargs: See `VoiceData`.
@@ -46,6 +48,7 @@ class AsteriskVoice(VoiceData):
         self,
         min_confidence: float = -0.35,
         words: bool = True,
+        parts: int = PROMPT_PARTS,
         test_fraction: float = 0.35,
         val_fraction: float = 0.1,
         **kwargs: Any,  # noqa: ANN401
@@ -56,11 +59,13 @@ class AsteriskVoice(VoiceData):
                 f"{type(self).__name__}: val_fraction is {val_fraction} and test_fraction is {test_fraction} (both "
                 f"above 0, their sum below 1), min_confidence is {min_confidence} (below 0). Mend the one out of range."
             )
-        self.min_confidence, self.words = min_confidence, words
+        if not 1 <= parts <= PROMPT_PARTS:
+            raise GraftError(f"{type(self).__name__}: parts is {parts}; give a whole number from 1 to {PROMPT_PARTS}.")
+        self.min_confidence, self.words, self.parts = min_confidence, words, parts
         self.test_fraction, self.val_fraction = test_fraction, val_fraction
 
     def _read(self) -> VoiceSource:
-        found, silent = prompts()
+        found, silent = prompts(parts=self.parts)
         left_out: Counter[str] = Counter({"silence": silent})
         kept = [prompt for prompt in found if self._trusted(prompt, left_out)]
         sides = phrase_sides([prompt.text for prompt in kept], {"test": self.test_fraction, "val": self.val_fraction})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import av
 import numpy as np
@@ -49,14 +50,14 @@ def package(monkeypatch):
         members = [Member(f"{_prompts.ROOT}{name}.g722", g722(audio), None) for name, audio in sounds.items()]
         monkeypatch.setattr(_prompts.artifacts, "fetch", lambda name: name)
         monkeypatch.setattr(_prompts.artifacts, "iter_members", lambda path, prefix: iter(members))
-        monkeypatch.setattr(_prompts, "_PARTS", 1)
+        monkeypatch.setattr(_prompts, "PROMPT_PARTS", 1)
         answers = iter(labels)
 
         def make():
             made.append(1)
             return lambda audio: next(answers)
 
-        monkeypatch.setattr(asterisk_module, "prompts", lambda: _prompts.prompts(make))
+        monkeypatch.setattr(asterisk_module, "prompts", lambda **given: _prompts.prompts(make, **given))
         return made
 
     return put
@@ -155,19 +156,41 @@ def test_an_interrupted_labelling_goes_on_where_it_was(package, monkeypatch):
     sounds = {f"p{n}": syllables(100.0 + n) for n in range(6)}
     good = [PseudoLabel(text=f"Number {n}.", confidence=-0.1, agreed=True) for n in range(6)]
     package(sounds, good[:4])
-    monkeypatch.setattr(_prompts, "_PARTS", 3)
+    monkeypatch.setattr(_prompts, "PROMPT_PARTS", 3)
     sizes = [sum(stable_hash(name, "part") % 3 == part for name in sounds) for part in range(3)]
     assert sizes[0] + sizes[1] <= 4  # so two parts are done when labels run out
     with pytest.raises(StopIteration):
         asterisk_module.prompts()
     package(sounds, good[: sizes[2]])
-    monkeypatch.setattr(_prompts, "_PARTS", 3)
+    monkeypatch.setattr(_prompts, "PROMPT_PARTS", 3)
     found, silent = asterisk_module.prompts()
     assert [prompt.id for prompt in found] == sorted(sounds)
     assert silent == 0
 
 
+def test_a_first_look_labels_few_parts_and_leaves_the_sides_of_clips_alone(package, monkeypatch):
+    phrases = [f"{noun} {other} {noun}s {other}s" for noun, other in itertools.pairwise(NOUNS)]
+    phrases += [f"{phrase[::-1]} now" for phrase in phrases]
+    sounds = {f"p{n:02}": syllables(100.0 + n) for n in range(len(phrases))}
+    text_of = dict(zip(sorted(sounds), phrases, strict=True))
+    order = sorted(sounds, key=lambda name: (stable_hash(name, "part") % 2, name))
+    made = package(sounds, [PseudoLabel(text=text_of[name], confidence=-0.1, agreed=True) for name in order])
+    monkeypatch.setattr(_prompts, "PROMPT_PARTS", 2)
+    few, all_of_them = ({}, {})
+    for parts, found in ((1, few), (2, all_of_them)):
+        data = AsteriskVoice(parts=parts, limits=Limits(minutes=0.01), test_fraction=0.3, val_fraction=0.3)
+        data.setup()
+        found |= {record.id: side for side in ("train", "val", "test") for record in data.records(side)}
+    assert set(few) == {name for name in sounds if stable_hash(name, "part") % 2 == 0}
+    assert set(all_of_them) == set(sounds)
+    assert few.items() <= all_of_them.items()
+    assert len(made) == 2  # the second set made what was missing
+
+
 def test_arguments_out_of_range_are_refused():
+    for parts in (0, 17):
+        with pytest.raises(GraftError, match=f"parts is {parts}; give a whole number from 1 to 16"):
+            AsteriskVoice(parts=parts)
     for wrong in ({"min_confidence": 0.5}, {"test_fraction": 0.9, "val_fraction": 0.2}, {"val_fraction": 0.0}):
         with pytest.raises(GraftError, match="Mend the one out of range"):
             AsteriskVoice(**wrong)
