@@ -28,10 +28,11 @@ READMES = [
     if not {".venv", "runs", "node_modules"} & set(path.relative_to(ROOT).parts) and not path.name.startswith(".")
 ]
 SMALL = {
-    "vision": {"data.limit_per_class": 3},
-    "medical": {"data.labelled": 8},
-    "protein": {"model.backbone": "esm2-graft"},
-    "speech": {"data.language": "da", "model.max_tokens": 4},
+    "openclipart": {"data.limit_per_class": 3},
+    "human_to_macaque": {"data.labelled": 8},
+    "amp": {"model.backbone": "esm2-graft"},
+    "stamps_es": {"data.language": "da", "model.max_tokens": 4},
+    "voice_asterisk": {"data.parts": 2, "data.max_seconds": 8.0, "model.val_spoken": 1, "model.measures": ["acoustics"]},
 }
 ONE_STEP = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 1}
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
@@ -90,7 +91,7 @@ def shrink(arguments, place):
         study = place / "small.json"  # which is YAML as well
         content = load_yaml(ROOT / arguments[1])
         for part in content.get("parts", {"": content}).values():
-            part["overrides"] = SMALL[Path(part["recipe"]).parent.name] | ONE_STEP
+            part["overrides"] = SMALL[Path(part["recipe"]).stem] | ONE_STEP
             part["seeds"] = [0]
             for method in part["methods"].values():
                 method["lr"] = method["lr"][:1]
