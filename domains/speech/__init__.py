@@ -16,6 +16,7 @@ DOMAIN = Domain(
         "CTCRecognition": _TASKS,
         "UtteranceClassification": "domains.speech.utterance",
         "VoiceAdaptation": "domains.speech.synthesis",
+        "SpectrogramVoice": "domains.speech.spectrogram",
     },
     data=dict.fromkeys(
         (

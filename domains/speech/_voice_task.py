@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from common.loading import mix_seed
+from common.splits import stable_hash
 from common.task import AdaptedTask
 from domains.speech._voice_figures import Collected, packed, unpacked, voice_figures
 from domains.speech.data.voices import VoiceBatch, VoiceFacts
 from domains.speech.voice_metrics import score_rows
 from domains.speech.voice_rows import voice_rows
-from domains.speech.voices import Voice, pieces, synthesize
+from domains.speech.voices import pieces, synthesize
 from domains.speech.voices._objective import Lines, everything
 
 _MOST_SYMBOLS = 400  # of a piece that is said at once; longer lines are cut
@@ -45,8 +46,9 @@ class VoiceTask(AdaptedTask):
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401
         super().__init__(**options)
-        self._voice: Voice
+        self._voice: Any  # a `Voice`, or another that a subclass builds, with `symbols` and `rate`
         self._spelled: dict[str, list[int]] = {}
+        self._spoken: set[int] = set()
 
     @property
     def primary(self) -> tuple[str, str]:  # type: ignore[override]
@@ -81,6 +83,53 @@ class VoiceTask(AdaptedTask):
     def features(self, batch: VoiceBatch) -> Tensor:
         """Run all parts of the voice on the texts of a batch, (B, N); see `everything`."""
         return everything(self._voice, self.backbone, self._lines(batch.text))
+
+    # ---- steps
+
+    def parts_of(self, batch: VoiceBatch) -> dict[str, Tensor]:
+        """Return the weighted parts of the loss by name."""
+        raise NotImplementedError
+
+    def compute_loss(self, batch: VoiceBatch) -> Tensor:
+        """Return the scalar training loss of a batch."""
+        return torch.stack(list(self.parts_of(batch).values())).sum()
+
+    def training_step(self, batch: VoiceBatch, batch_idx: int) -> Tensor:
+        """Compute the loss of one batch, and log its parts."""
+        parts = self.parts_of(batch)
+        loss = torch.stack(list(parts.values())).sum()
+        penalty = self.peft.penalty(self.backbone)
+        loss = loss if penalty is None else loss + penalty
+        size = len(batch.audio)
+        self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()}, batch_size=size)
+        self.log("train_loss", loss, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: VoiceBatch, batch_idx: int) -> None:
+        """Compute the loss with seeded draws, and speak the chosen texts."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mix_seed(0, batch_idx))
+            parts, size = self.parts_of(batch), len(batch.audio)
+        self.log_dict({f"val/{name}": p for name, p in parts.items()}, on_step=False, on_epoch=True, batch_size=size)
+        total = torch.stack(list(parts.values())).sum()
+        self.log("val/loss", total, on_step=False, on_epoch=True, batch_size=size)
+        rows = [row for row, place in enumerate(batch.index.tolist()) if place in self._spoken]
+        if rows:
+            chosen = VoiceBatch(
+                batch.audio[rows], batch.lengths[rows], tuple(batch.text[row] for row in rows), batch.index[rows]
+            )
+            self._evaluate(chosen, "val", self.val_metrics)
+
+    def _choose_spoken(self, data: Any) -> None:  # noqa: ANN401
+        """Choose by a hash the `val_spoken` validation recordings whose texts are spoken."""
+        order = sorted(data.records("val"), key=lambda record: stable_hash(record.id, "spoken"))
+        chosen = {record.id for record in order[: self.settings["val_spoken"]]}
+        self._spoken = {place for place, record in enumerate(data.records("val")) if record.id in chosen}
+
+    def _without_words(self) -> MetricCollection:
+        """Build validation's figures: all measures but the words, for which a recogniser has to run."""
+        cheap = [part for part in self.settings["measures"] if part != "words"]
+        return voice_figures(self.facts.rate, cheap, self.facts.language)
 
     # ---- evaluation
 
@@ -122,12 +171,20 @@ class VoiceTask(AdaptedTask):
     def speak(self, text: str, *, seed: int = 0) -> Tensor:
         """Speak a text with the parameters as they are; see `say`."""
         symbols, waves = self._voice.symbols, []
-        pace = float(self.head.log_pace.detach().exp())
-        for place, piece in enumerate(pieces(symbols.spell(text), _MOST_SYMBOLS)):
+        for place, piece in enumerate(pieces(symbols.spell(text), self.most_symbols())):
             ids = torch.tensor(symbols.encode(piece), device=self.device)
-            waves.append(synthesize(self._voice, self.backbone, ids, pace=pace, seed=mix_seed(seed, place)))
+            waves.append(self.utter(ids, mix_seed(seed, place)))
             waves.append(waves[-1].new_zeros(round(_PAUSE * self._voice.rate)))
         return torch.cat(waves[:-1])
+
+    def most_symbols(self) -> int:
+        """Return how many symbols are said at once; longer lines are cut."""
+        return _MOST_SYMBOLS
+
+    def utter(self, ids: Tensor, seed: int) -> Tensor:
+        """Speak ids (L,) at once: (T,)."""
+        pace = float(self.head.log_pace.detach().exp())
+        return synthesize(self._voice, self.backbone, ids, pace=pace, seed=seed)
 
     # ---- facts and results
 

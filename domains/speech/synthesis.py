@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from common.attach import Attached
 from common.errors import GraftError, unknown
 from common.frozen import content
-from common.loading import mix_seed
 from common.methods import MethodSpec
-from common.splits import stable_hash
 from common.task import Backbone, OptimSpec
 from domains.speech._share import Share
-from domains.speech._voice_figures import voice_figures
 from domains.speech._voice_task import VoiceTask
 from domains.speech.data.voices import VoiceBatch
 from domains.speech.voice_metrics import PARTS, Part
@@ -129,7 +126,6 @@ class VoiceAdaptation(VoiceTask):
         self._share: Share | None = None
         self._warped: dict[tuple[bytes, str], Tensor] = {}
         self._lessons: dict[str, Lesson] = {}
-        self._spoken: set[int] = set()
 
     # ---- building
 
@@ -161,8 +157,7 @@ class VoiceAdaptation(VoiceTask):
     def assemble(self, attach_with: Callable[[Backbone], Attached] | None = None) -> None:
         """Build everything; note where the trained parameters start, and leave the words out of validation."""
         super().assemble(attach_with)
-        cheap = [part for part in self.settings["measures"] if part != "words"]
-        self.val_metrics = voice_figures(self.facts.rate, cheap, self.facts.language)
+        self.val_metrics = self._without_words()
         if attach_with is None and self.settings["scale"] < 1.0:
             trained = (*self.backbone.named_parameters(), *self.head.named_parameters())
             self._share = Share({n: value for n, value in trained if value.requires_grad}, self.settings["scale"])
@@ -182,9 +177,7 @@ class VoiceAdaptation(VoiceTask):
             raise GraftError(f"{type(self.peft).__name__} trains nothing in a voice but its pace. Take another method.")
         data = self._datamodule()
         self._read_texts(data)
-        order = sorted(data.records("val"), key=lambda record: stable_hash(record.id, "spoken"))
-        chosen = {record.id for record in order[: self.settings["val_spoken"]]}
-        self._spoken = {place for place, record in enumerate(data.records("val")) if record.id in chosen}
+        self._choose_spoken(data)
         if stage in ("fit", "validate"):
             self._prepare_route(data)
 
@@ -272,34 +265,6 @@ class VoiceAdaptation(VoiceTask):
             parts["words"] = settings["words"] * self._listener.distance(terms.windows, self.facts.rate)
         return parts
 
-    def compute_loss(self, batch: VoiceBatch) -> Tensor:
-        """Return the scalar training loss of a batch."""
-        return torch.stack(list(self.parts_of(batch).values())).sum()
-
-    def training_step(self, batch: VoiceBatch, batch_idx: int) -> Tensor:
-        """Compute the loss of one batch, and log its parts."""
-        parts = self.parts_of(batch)
-        loss = torch.stack(list(parts.values())).sum()
-        size = len(batch.audio)
-        self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()}, batch_size=size)
-        self.log("train_loss", loss, prog_bar=True, batch_size=size)
-        return loss
-
-    def validation_step(self, batch: VoiceBatch, batch_idx: int) -> None:
-        """Compute the loss with seeded draws, and speak the chosen texts."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seed(0, batch_idx))
-            parts, size = self.parts_of(batch), len(batch.audio)
-        self.log_dict({f"val/{name}": p for name, p in parts.items()}, on_step=False, on_epoch=True, batch_size=size)
-        total = torch.stack(list(parts.values())).sum()
-        self.log("val/loss", total, on_step=False, on_epoch=True, batch_size=size)
-        rows = [row for row, place in enumerate(batch.index.tolist()) if place in self._spoken]
-        if rows:
-            chosen = VoiceBatch(
-                batch.audio[rows], batch.lengths[rows], tuple(batch.text[row] for row in rows), batch.index[rows]
-            )
-            self._evaluate(chosen, "val", self.val_metrics)
-
     # ---- a share of the change
 
     def on_validation_start(self) -> None:
@@ -351,13 +316,13 @@ class VoiceAdaptation(VoiceTask):
         return {**found, "settings": kept}
 
 
-def base_voice(task: VoiceAdaptation, data: Any) -> Callable[[VoiceBatch], Tensor]:  # noqa: ANN401
+def base_voice(task: VoiceTask, data: Any) -> Callable[[VoiceBatch], Tensor]:  # noqa: ANN401
     """Speak the texts with the voice as it came."""
     task.backbone, task.head = task.build_backbone().model.eval(), task.build_head()
     return task.infer
 
 
-def recordings(task: VoiceAdaptation, data: Any) -> Callable[[VoiceBatch], Tensor]:  # noqa: ANN401
+def recordings(task: VoiceTask, data: Any) -> Callable[[VoiceBatch], Tensor]:  # noqa: ANN401
     """Take the recordings themselves: what the measures give for the real speaker."""
     return task.targets
 

@@ -1,4 +1,4 @@
-"""Voices: VITS networks that speak, with the roles of their modules."""
+"""Voices: networks that speak, with the roles of their modules: VITS, and SpeechT5 with a vocoder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 from common.errors import GraftError, unknown
 from domains.speech.voices._huggingface import load_folder
+from domains.speech.voices._mel_voice import MelVoice, say
+from domains.speech.voices._speecht5 import load_speecht5
 from domains.speech.voices._starters import STARTERS, build_starter
 from domains.speech.voices._symbols import Letters, Phonemes, Symbols, pieces
 from domains.speech.voices._vits import expand, log_durations
@@ -13,16 +15,19 @@ from domains.speech.voices._voice import Prior, Voice, frames_of, read, synthesi
 
 __all__ = [
     "Letters",
+    "MelVoice",
     "Phonemes",
     "Prior",
     "Symbols",
     "Voice",
+    "build_mel_voice",
     "build_voice",
     "expand",
     "frames_of",
     "log_durations",
     "pieces",
     "read",
+    "say",
     "synthesize",
 ]
 
@@ -51,3 +56,18 @@ def build_voice(name: str, *, pretrained: bool = True, weights: str | None = Non
     if Path(name).is_dir() or name.count("/") == 1:
         return load_folder(name, pretrained=pretrained, posterior=posterior)
     raise unknown("voice", name, (*STARTERS, "FOLDER", "OWNER/NAME"))
+
+
+def build_mel_voice(name: str, vocoder: str, *, pretrained: bool = True) -> MelVoice:
+    """Build a voice that speaks by way of a mel spectrogram and a vocoder.
+
+    Args:
+        name: A local folder or hub name (`OWNER/NAME`) of a `SpeechT5ForTextToSpeech` of transformers, such as
+            `microsoft/speecht5_tts`.
+        vocoder: The same of its vocoder, such as `microsoft/speecht5_hifigan`.
+        pretrained: Load the network's weights; False gives random ones.
+
+    Raises:
+        GraftError: One of them cannot be had, is something else, or they do not fit each other.
+    """
+    return load_speecht5(name, vocoder, pretrained=pretrained)

@@ -1,4 +1,4 @@
-"""Which modules of a VITS carry which role."""
+"""Which modules of a VITS and of a SpeechT5 that speaks carry which role."""
 
 from __future__ import annotations
 
@@ -41,3 +41,27 @@ VITS = Family(
     },
 )
 """Parts: `text`, `flow`, `decoder`, `durations`, and `posterior`, which no synthesis runs."""
+
+_SPEECHT5_BLOCK = r"speecht5\.(encoder\.wrapped_encoder|decoder\.wrapped_decoder)\.layers\.\d+"
+_SPEECHT5_ATTENTION = rf"{_SPEECHT5_BLOCK}\.(attention|self_attn|encoder_attn)"
+
+SPEECHT5 = Family(
+    name="speecht5",
+    projections={f"attention_{part}": rf"{_SPEECHT5_ATTENTION}\.{part}_proj" for part in "qkv"},
+    block=_SPEECHT5_BLOCK,
+    stream=_SPEECHT5_BLOCK,
+    parts={"text": "speecht5.encoder", "decoder": "speecht5.decoder", "postnet": "speech_decoder_postnet"},
+    roles={
+        "attention_qkv": (Pattern(rf"{_SPEECHT5_ATTENTION}\.(q_proj|k_proj|v_proj)", _LINEAR),),
+        "attention_out": (Pattern(rf"{_SPEECHT5_ATTENTION}\.out_proj", _LINEAR),),
+        "ffn_in": (Pattern(rf"{_SPEECHT5_BLOCK}\.feed_forward\.intermediate_dense", _LINEAR),),
+        "ffn_out": (Pattern(rf"{_SPEECHT5_BLOCK}\.feed_forward\.output_dense", _LINEAR),),
+        # The prenet reads the frames before and the speaker.
+        "stem": (Pattern(r"speecht5\.decoder\.prenet\.(layers\.\d+|final_layer|speaker_embeds_layer)", _LINEAR),),
+        "conv": (Pattern(r"speech_decoder_postnet\.layers\.\d+\.conv", _CONV),),
+        "norm": (Pattern(r".*", NORMS),),
+        "embed": (Pattern(r"speecht5\.encoder\.prenet\.embed_tokens", (nn.Embedding,)),),
+        "head": (Pattern(r"speech_decoder_postnet\.(feat_out|prob_out)", _LINEAR),),
+    },
+)
+"""Parts: `text`, `decoder`, `postnet`. The embedding of relative positions has no role."""

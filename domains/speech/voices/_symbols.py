@@ -63,10 +63,10 @@ class Phonemes:
         if odd:
             named = ", ".join(f"'{symbol}' (U+{ord(symbol):04X})" for symbol in odd)
             raise GraftError(
-                f"The voice has no phoneme {named}, which espeak-ng ({self.language}) writes for {_cited(text)}. "
+                f"The voice has no phoneme {named}, which espeak-ng ({self.language}) writes for {cited(text)}. "
                 "Write the word otherwise, or take a voice of the text's language."
             )
-        return _pronounced(text, spelled)
+        return pronounced(text, spelled)
 
     def encode(self, spelled: str) -> list[int]:
         """Return the ids; see `Symbols`."""
@@ -84,7 +84,7 @@ class Letters:
     @property
     def example(self) -> tuple[str, str]:
         """Two short texts of the first letters of the alphabet."""
-        known = sorted(letter for letter in self.tokenizer.get_vocab() if len(letter) == 1 and _is_sound(letter))
+        known = sorted(letter for letter in self.tokenizer.get_vocab() if len(letter) == 1 and is_sound(letter))
         return known[0], "".join(known[:5])
 
     def spell(self, text: str) -> str:
@@ -95,10 +95,10 @@ class Letters:
         odd = sorted({letter for letter in spelled if letter not in known and letter.isalnum()})
         if odd:
             raise GraftError(
-                f"The voice has no letter {', '.join(map(repr, odd))}, and {_cited(text)} has. Write numbers and signs "
+                f"The voice has no letter {', '.join(map(repr, odd))}, and {cited(text)} has. Write numbers and signs "
                 "out in words, in the script that the voice reads."
             )
-        return _pronounced(text, "".join(letter for letter in spelled if letter in known))
+        return pronounced(text, "".join(letter for letter in spelled if letter in known))
 
     def encode(self, spelled: str) -> list[int]:
         """Return the ids; see `Symbols`."""
@@ -120,7 +120,7 @@ def pieces(spelled: str, most: int) -> list[str]:
     found = []
     for sentence in _SENTENCE.split(spelled):
         found += [sentence] if len(sentence) <= most else _joined(_CLAUSE.split(sentence), most)
-    return [piece for piece in found if any(map(_is_sound, piece))]
+    return [piece for piece in found if any(map(is_sound, piece))]
 
 
 def _joined(clauses: list[str], most: int) -> list[str]:
@@ -143,16 +143,19 @@ def _joined(clauses: list[str], most: int) -> list[str]:
 
 
 @functools.cache
-def _is_sound(symbol: str) -> bool:
+def is_sound(symbol: str) -> bool:
+    """Whether a symbol is a letter, not a mark or a sign."""
     return unicodedata.category(symbol) in ("Ll", "Lu", "Lo", "Lt")  # modifiers (stress, length) are Lm and Sk
 
 
-def _pronounced(text: str, spelled: str) -> str:
-    if not any(map(_is_sound, spelled)):
-        raise GraftError(f"There is nothing to pronounce in {_cited(text)}. Give text with letters or numbers.")
+def pronounced(text: str, spelled: str) -> str:
+    """Return what is spelled, or raise a `GraftError` that cites the text where nothing of it is said."""
+    if not any(map(is_sound, spelled)):
+        raise GraftError(f"There is nothing to pronounce in {cited(text)}. Give text with letters or numbers.")
     return spelled
 
 
-def _cited(text: str) -> str:
+def cited(text: str) -> str:
+    """Return a text in quotes, short enough for an error."""
     short = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return f"'{short}'"

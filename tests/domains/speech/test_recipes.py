@@ -24,6 +24,7 @@ def test_there_are_recipes():
         "hubert",
         "wavlm",
         "piper",
+        "speecht5_tts",
     }
 
 

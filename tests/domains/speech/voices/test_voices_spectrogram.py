@@ -1,0 +1,166 @@
+"""The task on a tiny SpeechT5: it trains, resumes exactly, exports what speaks alone, and answers bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from common import run as runs
+from common.errors import GraftError
+from common.exchange import export, load
+from common.methods import BitFit, FullFineTune, LinearProbe, LoRA
+from common.task import OptimSpec
+from domains.speech import DOMAIN
+from domains.speech.spectrogram import SpectrogramVoice
+from domains.speech.synthesis import base_voice
+from tests.domains.speech.voices.mel_nets import toy_speecht5, toy_vocoder
+from tests.domains.speech.voices.toy_data import RATE, TEXTS, data_of, table
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+DOMAINS = {"speech": DOMAIN}
+TRAINER = {"accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache for the module, so that recordings are cleaned once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny SpeechT5 and its vocoder."""
+    folder = tmp_path_factory.mktemp("speecht5")
+    return toy_speecht5(folder / "voice"), toy_vocoder(folder / "vocoder")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A table of recordings."""
+    return table(tmp_path_factory.mktemp("clips"))
+
+
+def task_of(folders, peft=None, **options):
+    method = LoRA(on=["attention", "ffn", "conv@postnet", "head"], rank=2) if peft is None else peft
+    optim = OptimSpec(lr=1e-2, warmup=0.0, schedule="constant")
+    settings = {"vocoder": folders[1], "longest": 3.0, "measures": ["acoustics"], "val_spoken": 1} | options
+    return SpectrogramVoice(folders[0], method, optim, **settings)
+
+
+def fitted(folders, clips, folder, epochs=1, peft=None, **options):
+    return runs.fit(task_of(folders, peft), data_of(clips), folder, max_epochs=epochs, **TRAINER, **options)
+
+
+def assembled(folders, clips, **options):
+    task = task_of(folders, **options)
+    task.facts = data_of(clips).facts
+    task.assemble()
+    return task.eval()
+
+
+def test_a_run_goes_from_fit_to_an_export_that_speaks(cache, folders, clips, tmp_path):
+    run, adapter = tmp_path / "run", tmp_path / "adapter"
+    record = fitted(folders, clips, run)
+    assert {"loss", "spectrogram", "mcd", "duration_ratio"} <= set(record["val"])
+    assert record["cost"]["params_trainable_head"] == 6
+    stored = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
+    assert not any("vocoder" in name for name in stored)
+    record = runs.test(task_of(folders), data_of(clips), run, **TRAINER)
+    assert len((run / "predictions.jsonl").read_text().splitlines()) == len(TEXTS["test"])
+
+    certificate = export(run, adapter, record, DOMAINS)
+    assert certificate["reload_max_abs_error"] <= 1e-5
+    loaded = load(adapter, DOMAINS)
+    wave, rate = loaded.say("a bad cab. dad had a bag")
+    trained = assembled(folders, clips)
+    base = trained.say("a bad cab. dad had a bag")[0]
+    trained.load_trained(stored)
+    torch.testing.assert_close(wave, trained.eval().say("a bad cab. dad had a bag")[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(wave[:500], base[:500], atol=1e-3)
+    assert (rate, wave.dtype) == (RATE, torch.float32)
+    card = (adapter / "README.md").read_text()
+    code = card[card.index("import soundfile") : card.index('soundfile.write("hello.wav"')]
+    code = code.replace("Hello, it is me.", "a bad cab").replace("FOLDER", repr(str(adapter)))
+    space = {}
+    exec(code.replace("say(voice, model, ids, speaker)", "say(voice, model, ids, speaker, longest=3)"), space)
+    assert torch.equal(space["speaker"], loaded.head.embedding.detach())
+    assert len(space["wave"]) > 0
+
+
+@pytest.mark.parametrize("peft", [None, BitFit(), LinearProbe()])
+def test_a_stopped_run_goes_on_exactly(cache, folders, clips, tmp_path, peft):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    fitted(folders, clips, whole, 2, peft)
+    fitted(folders, clips, parts, 2, peft, save_every=1, max_steps=1)
+    shutil.rmtree(parts / "predictions", ignore_errors=True)
+    fitted(folders, clips, parts, 2, peft, resume=True)
+    one, two = (torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, parts))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+    start = assembled(folders, clips, peft=peft).head.embedding
+    assert not torch.equal(one["head.embedding"], start)
+
+
+def test_training_lowers_the_networks_own_loss(cache, folders, clips):
+    task, data = assembled(folders, clips, peft=FullFineTune()), data_of(clips)
+    task.train()
+    batch = next(iter(data.train_dataloader()))
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=5e-3)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(0)
+        loss = task.compute_loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_long_lines_are_cut_to_what_the_network_reads(cache, folders, clips, monkeypatch):
+    task = assembled(folders, clips)
+    read = []
+    monkeypatch.setattr(
+        "domains.speech.spectrogram.say", lambda voice, model, ids, *rest, **more: read.append(len(ids)) or ids.float()
+    )
+    task.say("a bad cab had " * 40)
+    assert max(read) <= 60
+    assert sum(read) >= 40 * 14
+
+
+def test_a_speaker_vector_is_where_training_starts(cache, folders, clips, tmp_path):
+    np.save(tmp_path / "one.npy", np.arange(6.0)[None])
+    task = assembled(folders, clips, speaker=str(tmp_path / "one.npy"))
+    torch.testing.assert_close(task.head.embedding.detach(), torch.arange(6.0) / 55**0.5)
+    base_voice(task, data_of(clips))
+    torch.testing.assert_close(task.head.embedding.detach(), torch.arange(6.0) / 55**0.5)
+    np.save(tmp_path / "wide.npy", np.ones(7))
+    (tmp_path / "odd.npy").write_text("x")
+    for name, named in (("wide", r"holds \(7,\) numbers. Give 6"), ("odd", "could not be read"), ("no", "could not")):
+        with pytest.raises(GraftError, match=named):
+            assembled(folders, clips, speaker=str(tmp_path / f"{name}.npy"))
+
+
+def test_what_does_not_suit_the_voice_is_refused(cache, folders, clips, tmp_path):
+    with pytest.raises(GraftError, match=r"longest is 0.5 \(at least 1\).*val_spoken is 0.*vocoder is missing"):
+        task_of(folders, longest=0.5, val_spoken=0, vocoder="")
+    with pytest.raises(GraftError, match="Unknown measure 'wer'"):
+        task_of(folders, measures=["wer"])
+    task = task_of(folders)
+    task.facts = dataclasses.replace(data_of(clips).facts, rate=16_000)
+    with pytest.raises(GraftError, match=r"speaks at 8000 Hz, and the data come at 16000 Hz\. Set data.rate to 8000"):
+        task.assemble()
+    for options, named in (
+        ({"max_text_positions": 10}, r"The text of '.*' \((train|val)\) has 1\d symbols, and '.*' reads 10"),
+        ({"max_speech_positions": 32}, r"\((train|val)\) lasts .* s, and '.*' writes 1.0. Lower data.max_seconds"),
+    ):
+        small = toy_speecht5(tmp_path / next(iter(options)), **options), folders[1]
+        with pytest.raises(GraftError, match=named):
+            fitted(small, clips, tmp_path / "run")
