@@ -21,8 +21,6 @@ from domains.speech.voice_metrics import PARTS, Part
 from domains.speech.voices import MelVoice, build_mel_voice, say
 from domains.speech.voices._mel_voice import draws
 
-_MOST_SYMBOLS = 400  # of a piece that is said at once, where the network reads as many
-
 
 class Speaker(nn.Module):
     """The speaker vector that the network reads, trained as it is: only its direction counts.
@@ -195,7 +193,7 @@ class SpectrogramVoice(VoiceTask):
 
     def most_symbols(self) -> int:
         """Return how many symbols are said at once: as the network reads, with room for a start and an end."""
-        return min(_MOST_SYMBOLS, self._voice.most_symbols - 2)
+        return min(super().most_symbols(), self._voice.most_symbols - 2)
 
     def utter(self, ids: Tensor, seed: int) -> Tensor:
         """Speak ids (L,) at once: (T,)."""

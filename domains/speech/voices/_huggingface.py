@@ -29,7 +29,8 @@ def load_folder(source: str, *, pretrained: bool, posterior: bool) -> Voice:
 
     config: Any = from_source(source, AutoConfig)
     if config.model_type != "vits":
-        raise GraftError(f"'{source}' is a {config.model_type}, and voices are VITS. Give a VITS of transformers.")
+        advice = "Take the task SpectrogramVoice" if config.model_type == "speecht5" else "Give a VITS of transformers"
+        raise GraftError(f"'{source}' is a {config.model_type}, and the voices of this task are VITS. {advice}.")
     tokenizer: Any = from_source(source, VitsTokenizer)
     if tokenizer.phonemize or tokenizer.is_uroman:
         how = "phonemes" if tokenizer.phonemize else "romanised text"

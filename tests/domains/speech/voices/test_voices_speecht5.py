@@ -15,7 +15,7 @@ from common.errors import GraftError
 from common.methods import METHODS, FullFineTune, LoRA
 from common.roles import resolve
 from domains.speech.backbones._backbone import bare
-from domains.speech.voices import build_mel_voice, say
+from domains.speech.voices import build_mel_voice, build_voice, say
 from domains.speech.voices._characters import read_characters
 from domains.speech.voices._mel_voice import draws
 from domains.speech.voices._objective import Lines
@@ -255,6 +255,8 @@ def test_what_does_not_fit_is_refused_by_name(folders, tmp_path):
         build_mel_voice(voice, voice)
     with pytest.raises(GraftError, match=r"is a SpeechT5HifiGan\. Give a SpeechT5ForTextToSpeech"):
         build_mel_voice(vocoder, vocoder)
+    with pytest.raises(GraftError, match=r"is a speecht5, .* Take the task SpectrogramVoice"):
+        build_voice(voice)
     bare_folder = tmp_path / "bare"
     toy_speecht5(bare_folder)
     (bare_folder / "spm_char.model").unlink()
