@@ -29,6 +29,7 @@ READMES = [
 ]
 SMALL = {
     "openclipart": {"data.limit_per_class": 3},
+    "stars": {"data.limit_per_class": 3},
     "human_to_macaque": {"data.labelled": 8},
     "amp": {"model.backbone": "esm2-graft"},
     "stamps_es": {"data.language": "da", "model.max_tokens": 4},
