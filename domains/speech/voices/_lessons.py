@@ -96,7 +96,7 @@ def _converted(voice: Voice, lines: Mapping[str, Tensor], clips: Mapping[str, Te
     conversion = fit_conversion([(found[text], heard[text]) for text in heard], seed)
     made: dict[str, Tensor] = {}
     for place, (text, (durations, audio)) in enumerate(_shown(said, "converting the voice's speech")):
-        converted = render(audio, voice.rate, conversion(found[text])).clamp(-1.0, 1.0)
+        converted = render(audio, voice.rate, found[text], conversion(found[text])).clamp(-1.0, 1.0)
         made |= {f"durations.{place}": durations, f"audio.{place}": (converted * _LOUDEST).round().short()}
     return made
 

@@ -42,12 +42,13 @@ def analyse(audio: Tensor, rate: int) -> Analysis:
     import pyworld
 
     world: Any = pyworld
-    samples, times, hertz = _tracked(audio, rate)
-    envelope = world.cheaptrick(samples, hertz, times, rate, f0_floor=FLOOR)
+    found, times = pitch(audio, rate), _times(audio, rate)
+    hertz = found[np.minimum(np.round(times / HOP).astype(np.int64), len(found) - 1)]
+    envelope = world.cheaptrick(_samples(audio), hertz, times, rate, f0_floor=FLOOR)
     return Analysis(hertz, world.code_spectral_envelope(envelope, rate, CEPSTRA))
 
 
-def render(audio: Tensor, rate: int, wanted: Analysis) -> Tensor:
+def render(audio: Tensor, rate: int, found: Analysis, wanted: Analysis) -> Tensor:
     """Speak a clip again with another pitch and another envelope, frame by frame.
 
     What of it is noise and what is tone (its aperiodicity, by D4C) stays as it is, and so does its length.
@@ -55,7 +56,8 @@ def render(audio: Tensor, rate: int, wanted: Analysis) -> Tensor:
     Args:
         audio: float32 (T,).
         rate: Samples per second.
-        wanted: Pitch and envelope, as many frames as `analyse` finds in the clip.
+        found: What `analyse` found in it.
+        wanted: Another pitch and envelope of as many frames.
 
     Returns:
         (T,), float32, as loud as `audio`.
@@ -63,18 +65,18 @@ def render(audio: Tensor, rate: int, wanted: Analysis) -> Tensor:
     import pyworld
 
     world: Any = pyworld
-    samples, times, hertz = _tracked(audio, rate)
     size = world.get_cheaptrick_fft_size(rate, FLOOR)
-    noise = world.d4c(samples, hertz, times, rate, fft_size=size)
+    noise = world.d4c(_samples(audio), found.pitch, _times(audio, rate), rate, fft_size=size)
     envelope = world.decode_spectral_envelope(np.ascontiguousarray(wanted.envelope), rate, size)
     made = torch.from_numpy(world.synthesize(wanted.pitch, envelope, noise, rate, STEP * 1000)).float()
     made = torch.nn.functional.pad(made, (0, max(0, len(audio) - len(made))))[: len(audio)]
     return made * (audio.square().mean() / made.square().mean().clamp(min=1e-12)).sqrt()
 
 
-def _tracked(audio: Tensor, rate: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return samples, the time of each frame in seconds, and its pitch."""
-    found = pitch(audio, rate)
-    times = np.arange(int(len(audio) / rate / STEP) + 1) * STEP
-    nearest = np.minimum(np.round(times / HOP).astype(np.int64), len(found) - 1)
-    return audio.detach().cpu().double().numpy(), times, found[nearest].copy()
+def _times(audio: Tensor, rate: int) -> NDArray[np.float64]:
+    """Return the time of each frame in seconds."""
+    return np.arange(int(len(audio) / rate / STEP) + 1) * STEP
+
+
+def _samples(audio: Tensor) -> NDArray[np.float64]:
+    return audio.detach().cpu().double().numpy()

@@ -40,7 +40,7 @@ def test_a_clip_is_rendered_with_the_pitch_that_is_asked_for_and_stays_as_long_a
     found = analyse(clip, RATE)
     assert found.envelope.shape == (len(found.pitch), CEPSTRA)
     assert median_pitch([found.pitch]) == pytest.approx(110, rel=0.03)
-    made = render(clip, RATE, Analysis(found.pitch * 1.8, found.envelope))
+    made = render(clip, RATE, found, Analysis(found.pitch * 1.8, found.envelope))
     assert made.shape == clip.shape
     assert median_pitch([pitch(made, RATE)]) == pytest.approx(198, rel=0.03)
     assert float(made.square().mean()) == pytest.approx(float(clip.square().mean()), rel=1e-4)
@@ -115,7 +115,7 @@ def test_a_lesson_is_what_the_voice_said_with_the_draws_that_it_said_it_with(voi
     """With a conversion that changes nothing, the voice makes of its lessons' latents what it is taught already."""
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("domains.speech.voices._lessons.fit_conversion", lambda pairs, seed: lambda found: found)
-    monkeypatch.setattr("domains.speech.voices._lessons.render", lambda audio, rate, wanted: audio)
+    monkeypatch.setattr("domains.speech.voices._lessons.render", lambda audio, rate, found, wanted: audio)
     lines = {text: torch.tensor(voice.symbols.encode(text)) for text in ("a bad cab", "feed a deaf dab")}
     clips = {"a bad cab": 0.1 * torch.randn(voice.rate, generator=torch.Generator().manual_seed(0))}
     lessons = lessons_of(voice, lines, clips)
