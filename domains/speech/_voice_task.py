@@ -241,23 +241,32 @@ class VoiceTask(AdaptedTask):
 
     def usage(self) -> str:
         """Return lines that load the export with peft and safetensors onto the voice that Graft builds."""
+        options = {key: self.settings[key] for key in ("pretrained", "weights")}
+        given = "".join(f", {key}={value!r}" for key, value in options.items() if value not in (None, True))
+        return self._usage_with(
+            names="build_voice, synthesize",
+            build=f"build_voice({self.settings['backbone']!r}{given})",
+            head='pace = load_file(f"{FOLDER}/head.safetensors")["log_pace"].exp()',
+            speak="synthesize(voice, model, ids, pace=pace)",
+        )
+
+    def _usage_with(self, *, names: str, build: str, head: str, speak: str) -> str:
+        """Return the lines of `usage`: what is imported of voices, how one is built, its head read, a line spoken."""
         from common.tuners import is_own
 
-        settings = self.settings
-        options = {key: settings[key] for key in ("pretrained", "weights")}
-        given = "".join(f", {key}={value!r}" for key, value in options.items() if value not in (None, True))
         tuned = "model = PeftModel.from_pretrained(voice.model, FOLDER).eval()"
         if self.attached.plan.mode == "full":
             tuned = 'voice.model.load_state_dict(load_file(f"{FOLDER}/model.safetensors"))\nmodel = voice.model.eval()'
+        elif self.attached.plan.mode == "frozen":
+            tuned = "model = voice.model  # the head alone was trained"
         own = is_own(getattr(self.attached.plan.peft_config, "peft_type", None))
         registered = "import common.tuners  # registers Graft's own tuners with peft\n" if own else ""
         return (
             "import soundfile\nimport torch\nfrom peft import PeftModel\nfrom safetensors.torch import load_file\n\n"
-            f"{registered}from domains.speech.voices import build_voice, synthesize\n\n"
-            f"voice = build_voice({settings['backbone']!r}{given})\n{tuned}\n"
-            'pace = load_file(f"{FOLDER}/head.safetensors")["log_pace"].exp()\n'
+            f"{registered}from domains.speech.voices import {names}\n\n"
+            f"voice = {build}\n{tuned}\n{head}\n"
             'ids = torch.tensor(voice.symbols.encode(voice.symbols.spell("Hello, it is me.")))\n'
-            "wave = synthesize(voice, model, ids, pace=pace)\n"
+            f"wave = {speak}\n"
             'soundfile.write("hello.wav", wave.numpy(), voice.rate)\n'
         )
 

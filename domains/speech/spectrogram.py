@@ -211,24 +211,11 @@ class SpectrogramVoice(VoiceTask):
 
     def usage(self) -> str:
         """Return lines that load the export with peft and safetensors onto the network that Graft builds."""
-        from common.tuners import is_own
-
-        settings = self.settings
-        tuned = "model = PeftModel.from_pretrained(voice.model, FOLDER).eval()"
-        if self.attached.plan.mode == "full":
-            tuned = 'voice.model.load_state_dict(load_file(f"{FOLDER}/model.safetensors"))\nmodel = voice.model.eval()'
-        elif self.attached.plan.mode == "frozen":
-            tuned = "model = voice.model  # the speaker vector alone was trained"
-        own = is_own(getattr(self.attached.plan.peft_config, "peft_type", None))
-        registered = "import common.tuners  # registers Graft's own tuners with peft\n" if own else ""
-        return (
-            "import soundfile\nimport torch\nfrom peft import PeftModel\nfrom safetensors.torch import load_file\n\n"
-            f"{registered}from domains.speech.voices import build_mel_voice, say\n\n"
-            f"voice = build_mel_voice({settings['backbone']!r}, {settings['vocoder']!r})\n{tuned}\n"
-            'speaker = load_file(f"{FOLDER}/head.safetensors")["embedding"]\n'
-            'ids = torch.tensor(voice.symbols.encode(voice.symbols.spell("Hello, it is me.")))\n'
-            "wave = say(voice, model, ids, speaker)\n"
-            'soundfile.write("hello.wav", wave.numpy(), voice.rate)\n'
+        return self._usage_with(
+            names="build_mel_voice, say",
+            build=f"build_mel_voice({self.settings['backbone']!r}, {self.settings['vocoder']!r})",
+            head='speaker = load_file(f"{FOLDER}/head.safetensors")["embedding"]',
+            speak="say(voice, model, ids, speaker)",
         )
 
 
