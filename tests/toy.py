@@ -77,7 +77,7 @@ SMALL = {
             [_block("Pfeiffer", width=3), _block("SSF", on=["norm"])],
         ]
     },
-    "AtBudget": {"method": _block("LoRA", on=["ffn"]), "share": 0.1, "most": 8},
+    "AtBudget": {"method": _block("LoRA", on=["ffn"]), "share": 0.1, "most": 8, "tolerance": 9.0},
     "FishMask": {"density": 0.1, "batches": 2},
     "GPS": {"batches": 2},
     "SHiRA": {"rank": 2, "batches": 2},

@@ -55,7 +55,7 @@ SMALL = {
     "BEFT": _FFN,
     "Houlsby": {"on": ["all"], "width": 5},
     "Mixture": {"parts": [LoRA(on=["conv"], rank=2), NormTuning()]},
-    "AtBudget": {"method": LoRA(on=["conv"]), "share": 0.2, "most": 3},
+    "AtBudget": {"method": LoRA(on=["conv"]), "share": 0.2, "most": 3, "tolerance": 9.0},
     "DiffFit": {"on": ["conv", "ffn_out"]},
     "FishMask": {"density": 0.2},
     "GPS": {"per_neuron": 2},

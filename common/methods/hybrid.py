@@ -295,6 +295,8 @@ class AtBudget(Composed):
         method: The method, with `class_path` and `init_args` as in a recipe's `peft:` block.
         share: Wanted share of the backbone's parameters, in (0, 1).
         most: Largest value to try.
+        tolerance: How far the nearest count may lie from the wanted one, as a share of it; farther off is refused, for
+            methods would be called equal that are not.
     """
 
     summary: ClassVar[str] = "one method, sized to a budget of parameters"
@@ -303,6 +305,7 @@ class AtBudget(Composed):
     method: MethodSpec | None = None
     share: float = 0.003
     most: int = 512
+    tolerance: float = 0.5
 
     def __post_init__(self) -> None:
         """Build the method where it is given as plain values, as an adapter's record holds it."""
@@ -314,17 +317,22 @@ class AtBudget(Composed):
         if self.method is None or not self.method.sized_by:
             name = type(self.method).__name__ if self.method is not None else "nothing"
             raise GraftError(f"AtBudget cannot size {name}. Give a method with a size: {', '.join(_with_a_size())}.")
-        if not 0 < self.share < 1 or self.most < 1:
+        if not 0 < self.share < 1 or self.most < 1 or not self.tolerance > 0:
             raise GraftError(
-                f"AtBudget share is {self.share} and most {self.most}; give a share in (0, 1) and 1 or more."
+                f"AtBudget share is {self.share}, most {self.most} and tolerance {self.tolerance}; give a share in "
+                "(0, 1), 1 or more, and a tolerance above 0."
             )
         total = sum(parameter.numel() for parameter in model.parameters())
         size, count = self._nearest(model, roles, self.share * total)
-        plan = self._sized(size).plan(model, roles)
-        note = (
-            f"{type(self.method).__name__} {self.method.sized_by} {size} meets the budget: {count:,} trainable "
-            f"parameters, {count / total:.3%} of the backbone's ({self.share:.3%} wanted)."
+        found = (
+            f"{type(self.method).__name__} of {self.method.sized_by} {size} has {count:,} trainable parameters, "
+            f"{count / total:.3%} of the backbone's ({self.share:.3%} wanted)"
         )
+        if abs(count / total - self.share) > self.tolerance * self.share:
+            remedy = "Name fewer roles in its 'on'" if count > self.share * total else f"Raise most (now {self.most})"
+            raise GraftError(f"AtBudget comes no nearer: {found}. {remedy}, or choose another share.")
+        plan = self._sized(size).plan(model, roles)
+        note = f"{found}."
         return dataclasses.replace(plan, notes=(note, *plan.notes))
 
     def _held(self) -> MethodSpec:
