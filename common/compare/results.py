@@ -159,10 +159,12 @@ class Row:
         return spread if spread is not None and math.isfinite(spread.mean) else None
 
 
+_LESS_IS_BETTER = frozenset("cer distance ece error hd95 loss mae mcd mse perplexity rmse wer".split())
+
+
 def direction(metric: str) -> Literal["max", "min"]:
-    """Tell from a metric's name whether more of it is better."""
-    less = ("loss", "ece", "perplexity", "rmse", "mse", "mae", "hd95")
-    return "min" if metric in less or metric.startswith(("wer_", "cer_")) else "max"
+    """Tell from the words of a metric's name, such as `wer_lower` or `hd95_mm`, whether more of it is better."""
+    return "max" if _LESS_IS_BETTER.isdisjoint(metric.split("_")) else "min"
 
 
 def read_metrics(folder: Path, metric: str = "") -> Metrics | None:

@@ -125,8 +125,6 @@ def test_another_metric_can_be_compared_with_its_own_direction(fabric):
     block = fabric.block("r", {"LoRA": [0.8, 0.81], "FullFineTune": [0.6, 0.61]}, extra=extra)
     compared = weigh(block.rows, block.runs, "ece")
     assert (compared.mode, compared.best) == ("min", "FullFineTune")
-    assert direction("wer_lower") == "min"
-    assert direction("dice") == "max"
 
 
 def test_tables_carry_intervals_marks_and_gaps(fabric, tmp_path):
@@ -178,3 +176,16 @@ def test_amounts_of_data_of_one_recipe_are_ranked_without_a_test(fabric):
     standing = stand([fabric.block(f"r-{size}", results, recipe="r.yaml") for size in (5, 50)])
     assert standing.ranking.ranks["FullFineTune"] == 1
     assert (standing.ranking.p, standing.ranking.critical) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    ["wer", "wer_lower_full_context", "hd95_mm", "duration_error", "f0_rmse", "spectrum_distance", "mcd", "state_loss"],
+)
+def test_of_errors_and_distances_less_is_better(metric):
+    assert direction(metric) == "min"
+
+
+@pytest.mark.parametrize("metric", ["dice", "surface_dice_mm", "macro_f1", "speaker_similarity", "top5", "spearman"])
+def test_of_all_else_more_is_better(metric):
+    assert direction(metric) == "max"
