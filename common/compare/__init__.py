@@ -1,9 +1,10 @@
 """Comparing methods: a study file in, runs side by side, a table and a report out.
 
 This room knows run folders (`metrics.json`, `predictions.jsonl`) and command lines, nothing else of Graft:
-`study_file` reads the file and `expand` the command line into what `study` describes, `runner` runs processes, `stages`
-takes studies through them, `results` and `examples` read what they left, `statistics` and `evidence` say what it
-proves, `ledger` and `integrity` whether it can be believed, `summary` words it, `tables` and `report` write it down.
+`study_file` reads the file and `expand` the command line into what `study` and `prepared` describe, `runner` runs
+processes, `stages` takes studies through them, `results`, `examples` and `worst` read what they left, `statistics` and
+`evidence` say what it proves, `ledger` and `integrity` whether it can be believed, `summary` words it, `tables`,
+`records` and `report` write it down.
 """
 
 from __future__ import annotations

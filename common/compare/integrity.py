@@ -58,9 +58,9 @@ def check(blocks: Sequence[Block], ledgers: Mapping[Path, Ledger]) -> list[Findi
         ledger = ledgers[block.study.runs]
         for one in (_selection, _seeds, _data):
             found += one(block)
-        for other in (_reading, _left_out, _edits):
+        for other in (_reading, _left_out, _edits, _starts):
             found += other(block, ledger)
-    return found
+    return list({finding.text: finding for finding in found}.values())  # parts may start from the same
 
 
 def _broken(text: str) -> Finding:
@@ -155,13 +155,26 @@ def _edits(block: Block, ledger: Ledger) -> Iterator[Finding]:
     for run in block.runs:
         if run.metrics is None:
             continue
-        entries, now = ledger.of(run.trial.folder), digests_of(run.trial.folder)
-        noted = {key: digest for entry in entries for key, digest in entry.digests.items()}
-        changed = [key for key, digest in noted.items() if now.get(key) != digest]
+        changed = _changed(run.trial.folder, ledger)
         if changed:
             yield _broken(f"{_title(block, run)}: {' and '.join(changed)} changed after it was measured")
         if run.chosen and run.metrics.test is not None:
             yield from _contradictions(block, run, run.metrics.test)
+
+
+def _starts(block: Block, ledger: Ledger) -> Iterator[Finding]:
+    """Compare what methods started from with what was noted of it."""
+    for one in block.study.needed():
+        changed = _changed(one.folder, ledger)
+        if changed:
+            yield _broken(f"prepared '{one.name}': {' and '.join(changed)} changed after it was prepared")
+
+
+def _changed(folder: Path, ledger: Ledger) -> list[str]:
+    """Name the parts of a run's record that are not what they were noted as last."""
+    now = digests_of(folder)
+    noted = {key: digest for entry in ledger.of(folder) for key, digest in entry.digests.items()}
+    return [key for key, digest in noted.items() if now.get(key) != digest]
 
 
 def _contradictions(block: Block, run: Run, test: Mapping[str, float]) -> Iterator[Finding]:

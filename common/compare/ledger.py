@@ -1,7 +1,7 @@
 """The ledger of a folder of runs: what was measured, noted when it was measured, so that a later edit shows.
 
-`ledger.jsonl` has a line for each fit, test and baseline that ended well, with digests of what it left; a result that
-was there before the ledger is noted as `found`. Each line holds the digest of the line before it, so that a
+`ledger.jsonl` has a line for each fit, test, baseline and preparation that ended well, with digests of what it left; a
+result that was there before the ledger is noted as `found`. Each line holds the digest of the line before it, so that a
 line that is changed or taken out breaks the chain.
 """
 
@@ -16,7 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from common.compare.prepared import adapter_digest
+
 LEDGER = "ledger.jsonl"
+_LATER = ("test", "adapter")  # what a run has only some time after its fit
+_PARTS = ("val", "data", "test", "predictions", "adapter")
 _START = hashlib.sha256(b"").hexdigest()
 
 
@@ -25,9 +29,11 @@ class Entry:
     """One line.
 
     Attributes:
-        event: `fit`, `test` or `baseline`; `found` for a result that was there before.
+        event: `fit`, `test` or `baseline`; `prepare` and `export` for what methods start from; `found` for a result
+            that was there before.
         run: The run folder, seen from the folder of runs.
-        digests: sha256 of the parts of the run's record: `val`, `data`, and once it was tested `test`, `predictions`.
+        digests: sha256 of the parts of the run's record: `val`, `data`, once it was tested `test`, `predictions`, and
+            of a preparation's exported adapter `adapter`.
         time: When it was noted, UTC.
     """
 
@@ -73,11 +79,11 @@ class Ledger:
         return [entry for entry in self.entries if entry.run == name]
 
     def adopt(self, runs: Sequence[Path]) -> None:
-        """Note the results that are there and have no line, or none since they were tested."""
+        """Note the results that are there and have no line, or none since they were tested or exported."""
         for run in runs:
             found = digests_of(run)
-            noted = [entry.digests for entry in self.of(run)]
-            if found and (not noted or ("test" in found and not any("test" in digests for digests in noted))):
+            noted = {key for entry in self.of(run) for key in entry.digests}
+            if found and (not noted or any(key in found and key not in noted for key in _LATER)):
                 self.note("found", run)
 
 
@@ -92,7 +98,8 @@ def digests_of(run: Path) -> dict[str, str]:
     predictions = run / "predictions.jsonl"
     if "test" in found and predictions.is_file():
         found["predictions"] = _digest(predictions.read_bytes())
-    return found
+    adapter = adapter_digest(run)
+    return found | ({"adapter": adapter} if found and adapter else {})
 
 
 def _read(path: Path) -> tuple[list[Entry], bool]:
@@ -104,7 +111,7 @@ def _read(path: Path) -> tuple[list[Entry], bool]:
         broken = broken or record is None or record.get("previous") != previous
         previous = _digest(line)
         if record is not None:
-            digests = {key: record[key] for key in ("val", "data", "test", "predictions") if key in record}
+            digests = {key: record[key] for key in _PARTS if key in record}
             told = {key: str(record.get(key, "")) for key in ("event", "run", "time")}
             entries.append(Entry(**told, digests=digests))
     return entries, broken

@@ -19,7 +19,7 @@ from common.compare.integrity import CHECKS, Finding
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
 from common.compare.study import Study, Trial
 from common.compare.summary import Summary, offered, overview, summarise
-from common.compare.tables import NOTHING, WORST, amount, columns, share
+from common.compare.tables import NOTHING, amount, columns, preparing, share, worst_notes
 
 _TEMPLATE = "report.html.j2"
 _UNITS = {"B": "bytes", "s": "seconds"}
@@ -64,6 +64,7 @@ class Section:
     primary: str
     tuned: str
     worst: str
+    prepared: tuple[str, ...]
     seed: int
     untrained: str
     summary: Summary
@@ -146,7 +147,8 @@ def _section(block: Block, ident: str) -> Section:
         facts=_facts(seen),
         primary=next((row.primary.replace("_", " ") for row in rows if row.primary), ""),
         tuned=_protocol(study, rows),
-        worst=WORST if any(row.worst for row in rows) else "",
+        worst=" ".join(worst_notes(rows)),
+        prepared=tuple(preparing(rows)),
         seed=study.seeds[0],
         untrained=", ".join(row.method for row in rows if row.baseline),
         summary=summarise(rows, runs, block.comparison),
@@ -158,7 +160,7 @@ def _section(block: Block, ident: str) -> Section:
         failed=tuple(run for run in runs if run.failure),
         groups=tuple(sample_groups(pictured)),
         examples=tuple(pictured_examples(pictured)),
-        commands=_commands(runs),
+        commands=_commands(study, runs),
     )
 
 
@@ -309,11 +311,12 @@ def _environment(runs: Sequence[Run]) -> dict[str, str]:
     return {name: ", ".join(dict.fromkeys(str(r.get(name, "unknown")) for r in records)) for name in names}
 
 
-def _commands(runs: Sequence[Run]) -> str:
+def _commands(study: Study, runs: Sequence[Run]) -> str:
     def line(words: Sequence[str]) -> str:
         return "graft " + shlex.join(words)
 
     def lines(trial: Trial, chosen: bool) -> list[str]:
         return [line(trial.fit), *([line(trial.test)] if chosen and not trial.baseline else [])]
 
-    return "\n".join(text for run in runs for text in lines(run.trial, run.chosen))
+    before = [line(words) for one in study.needed() for words in (one.fit, one.export)]
+    return "\n".join([*before, *(text for run in runs for text in lines(run.trial, run.chosen))])

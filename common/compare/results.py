@@ -6,13 +6,14 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from common.compare.examples import read_rows
+from common.compare.prepared import Preparation
 from common.compare.study import Method, Study, Trial
-from common.compare.worst import Worst, worst_class
+from common.compare.worst import Worst, worst_class, worst_group
 from common.errors import GraftError, unknown
 
 SCHEMA = 1
@@ -108,6 +109,24 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a method starts from, and what it cost.
+
+    Attributes:
+        preparation: How it was made.
+        metrics: What its fit measured; None where it failed.
+    """
+
+    preparation: Preparation
+    metrics: Metrics | None
+
+    def cost(self, name: str) -> float | None:
+        """A number of its costs; None where it is unknown."""
+        value = self.metrics.cost.get(name) if self.metrics else None
+        return float(value) if isinstance(value, int | float) else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One method or baseline on one recipe.
 
@@ -128,6 +147,8 @@ class Row:
         decays: The weight decays it could choose from; none where it has the recipe's.
         weight_decay: The chosen weight decay; None where it has the recipe's.
         worst: Its worst class on the test split, over the seeds; None where there are no numbers by class.
+        worst_group: Its worst group on the test split, over the seeds; None where rows name no large groups.
+        starts: What it starts from, which was trained before and is in no other cost.
     """
 
     recipe: str
@@ -146,11 +167,18 @@ class Row:
     decays: tuple[float, ...] = ()
     weight_decay: float | None = None
     worst: Worst | None = None
+    worst_group: Worst | None = None
+    starts: tuple[Start, ...] = ()
 
     @property
     def settings(self) -> int:
         """How many settings it could choose from."""
         return len(self.grid) * max(1, len(self.decays))
+
+    def prepared_cost(self, name: str) -> float | None:
+        """The sum of a cost of what it starts from; None where it starts from nothing, or one is unknown."""
+        known = [value for start in self.starts if (value := start.cost(name)) is not None]
+        return sum(known) if self.starts and len(known) == len(self.starts) else None
 
     @property
     def quality(self) -> Spread | None:
@@ -229,10 +257,13 @@ def choose(runs: Sequence[Run]) -> Run | None:
 def make_rows(study: Study, runs: Sequence[Run]) -> list[Row]:
     """Bring the runs of each recipe and method together: the baselines, then the methods, in the study file's order."""
     rows: list[Row] = []
+    starts = {one.name: Start(preparation=one, metrics=read_metrics(one.folder)) for one in study.needed()}
     for recipe in study.recipes:
         label, own = study.labels[recipe], [run for run in runs if run.trial.recipe == recipe]
-        for name in (*study.baselines, *study.methods):
-            rows.append(_row(label, name, [run for run in own if run.trial.method == _name(name)]))
+        for one in (*study.baselines, *study.methods):
+            row = _row(label, one, [run for run in own if run.trial.method == _name(one)])
+            names = () if isinstance(one, str) else one.starts
+            rows.append(replace(row, starts=tuple(starts[name] for name in names)))
     return rows
 
 
@@ -247,6 +278,8 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
     chosen = next((run.trial.setting for run in runs if run.chosen), None)
     cost = _cost([metrics.cost for metrics in seen])
     method = None if isinstance(one, str) else one
+    rows, tests = [read_rows(trial.folder) for trial, _ in tested], [metrics.test or {} for metrics in seen]
+    classes = next((known for metrics in seen if isinstance(known := metrics.data.get("classes"), list)), [])
     return Row(
         recipe=label,
         method=_name(one),
@@ -264,11 +297,8 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
         failed=sum(run.failure is not None for run in runs),
         decays=method.weight_decays if method else (),
         weight_decay=chosen.weight_decay if chosen else None,
-        worst=worst_class(
-            [read_rows(trial.folder) for trial, _ in tested],
-            [metrics.test or {} for metrics in seen],
-            next((known for metrics in seen if isinstance(known := metrics.data.get("classes"), list)), []),
-        ),
+        worst=worst_class(rows, tests, classes),
+        worst_group=worst_group(rows, tests, seen[0].primary, seen[0].mode) if seen else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""The course of a study: baselines, tune, choose, repeat over the seeds, test what was chosen, write the results.
+"""The course of a study: prepare, baselines, tune, choose, repeat over seeds, test what was chosen, write the results.
 
 Every step is a command that a person can run again: it is written to `command.txt` in the run folder. A study that
 was stopped goes on where it was; a run folder that came from another command is refused, never overwritten.
@@ -7,11 +7,12 @@ was stopped goes on where it was; a run folder that came from another command is
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,21 @@ from common._yaml import load_yaml
 from common.compare.evidence import Block, make_blocks, stand
 from common.compare.integrity import Finding, check
 from common.compare.ledger import Ledger
+from common.compare.prepared import ADAPTER, Preparation, adapter_digest
+from common.compare.records import write_csv, write_parquet
 from common.compare.report import write_report
 from common.compare.results import Failure, Metrics, Run, choose, read_metrics
 from common.compare.runner import Finished, Job, LocalRunner, Runner, cpu_count, run_jobs
 from common.compare.study import Study, Trial
 from common.compare.study_file import load_studies
-from common.compare.tables import print_table, write_csv, write_markdown, write_parquet
+from common.compare.tables import print_table, write_markdown
 from common.errors import GraftError, unknown
 from common.parquet import need_parquet
 
 GRAFT = (sys.executable, "-m", "domains")
 STOPPED = 130
 LOCAL, RAY = RUNNERS = ("local", "ray")
+_TRACES = ("last.ckpt", "metrics.json")  # of a run that was begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +182,8 @@ class _Session:
 
     def run(self) -> list[Run]:
         """Take the study through its stages; return every run of it."""
-        self.ledger.adopt([trial.folder for trial in self.study.possible()])
+        self.ledger.adopt([made.folder for made in (*self.study.needed(), *self.study.possible())])
+        self._prepare()
         untrained = self._fit(self.study.untrained(), "baselines") if self.study.baselines else []
         tuned = self._fit(self.study.tuning(), "tuning")
         winners = self._winners(tuned)
@@ -188,6 +193,26 @@ class _Session:
         folders = {trial.folder for trial in (*chosen, *self.study.untrained())}
         runs = [self._read(run.trial) for run in (*untrained, *tuned, *fitted)]
         return [replace(run, chosen=run.trial.folder in folders) for run in runs]
+
+    def _prepare(self) -> None:
+        """Fit and export what methods start from; what starts from something that failed fails with its words."""
+        needed = self.study.needed()
+        todo = [one for one in needed if not one.adapter.is_dir()]
+        if not needed:
+            return
+        self._say(f"preparing: {len(needed)} adapters, {len(needed) - len(todo)} of them there already")
+        jobs: dict[Path, Job] = {}
+        for one in todo:
+            if not _has_fit(one.folder):
+                jobs[one.folder] = self._fit_job(one, f"prepare {one.name}")
+        self._run(jobs, "prepare")
+        exports: dict[Path, Job] = {}
+        for one in todo:
+            if one.folder not in self.failures:
+                line, log = (*self.command, *one.export), one.folder / "log.txt"
+                exports[one.folder] = Job(title=f"export {one.name}", command=line, log=log, append=True)
+        self._run(exports, "export")
+        _refuse_foreign_folders(self.study)  # now that the adapters are there to be compared
 
     def _winners(self, tuned: Sequence[Run]) -> list[Trial]:
         """The runs with the chosen settings: the tuned one and the seeds still to fit."""
@@ -209,17 +234,20 @@ class _Session:
         self._say(f"{stage}: {len(trials)} runs, {len(trials) - len(todo)} of them there already")
         jobs: dict[Path, Job] = {}
         for trial in todo:
-            # Decided first: writing our own files must not look like the traces of a run.
-            resume = (
-                any((trial.folder / name).exists() for name in ("last.ckpt", "metrics.json")) and not trial.baseline
-            )
-            self._write_commands(trial, [trial.fit])
-            line = (*self.command, *trial.fit, *(("--resume",) if resume else ()))
-            jobs[trial.folder] = Job(
-                title=self._title(trial), command=line, log=trial.folder / "log.txt", append=resume
-            )
+            lost = next((self.failures[one.folder] for one in trial.prepared if one.folder in self.failures), None)
+            if lost:
+                self.failures[trial.folder] = lost
+            else:
+                jobs[trial.folder] = self._fit_job(trial, self._title(trial), resumes=not trial.baseline)
         self._run(jobs, "baseline" if stage == "baselines" else "fit")
         return [self._read(trial) for trial in trials]
+
+    def _fit_job(self, made: Trial | Preparation, title: str, *, resumes: bool = True) -> Job:
+        # Decided first: writing our own files must not look like the traces of a run.
+        resume = resumes and any((made.folder / name).exists() for name in _TRACES)
+        self._write_commands(made, [made.fit, *([made.export] if isinstance(made, Preparation) else [])])
+        line = (*self.command, *made.fit, *(("--resume",) if resume else ()))
+        return Job(title=title, command=line, log=made.folder / "log.txt", append=resume)
 
     def _test(self, trials: Sequence[Trial]) -> None:
         fitted = [run for run in map(self._read, trials) if _fitted(run)]
@@ -240,16 +268,13 @@ class _Session:
 
         def describe(finished: Finished) -> str:
             folder, title = folders[id(finished.job)], finished.job.title
-            metrics, damage = _readable(folder, self.study.metric)
-            if finished.code == 0 and metrics is not None:
-                split, numbers = ("val", metrics.val) if verb == "fit" else ("test", metrics.test or {})
-                if metrics.fitted and numbers:
-                    self.ledger.note(verb, folder)
-                    score = f"{split} {metrics.primary} {numbers.get(metrics.primary, float('nan')):.4f}"
-                    return f"done    {title}  {score}  {finished.seconds:.0f} s"
+            result, damage = _left(folder, verb, self.study.metric)
+            if finished.code == 0 and result:
+                self.ledger.note(verb, folder)
+                return f"done    {title}  {result}  {finished.seconds:.0f} s"
             log_tail = finished.tail or "(the log is empty)"
             if finished.code == 0:
-                log_tail += f"\n{verb} ended with exit code 0 but left no result in metrics.json{damage}"
+                log_tail += f"\n{verb} ended with exit code 0 but left no result{damage}"
             self.failures[folder] = Failure(verb=verb, code=finished.code, tail=log_tail)
             indented = "\n".join(f"        {line}" for line in log_tail.splitlines())
             return f"FAILED  {title}  exit code {finished.code}, log: {finished.job.log}\n{indented}"
@@ -270,13 +295,13 @@ class _Session:
         metrics = _readable(folder, metric)[0] if failure else read_metrics(folder, metric)
         return Run(trial=trial, metrics=metrics, chosen=False, failure=failure)
 
-    def _write_commands(self, trial: Trial, lines: Sequence[Sequence[str]]) -> None:
-        trial.folder.mkdir(parents=True, exist_ok=True)
+    def _write_commands(self, made: Trial | Preparation, lines: Sequence[Sequence[str]]) -> None:
+        made.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(shlex.join((*self.command, *line)) + "\n" for line in lines)
-        (trial.folder / "command.txt").write_text(text, encoding="utf-8")
+        (made.folder / "command.txt").write_text(text, encoding="utf-8")
         if lines[-1][0] != "test":
-            record = json.dumps({**_record(trial), "side_by_side": self.width}, indent=2)
-            (trial.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
+            record = json.dumps({**_record(made), "side_by_side": self.width}, indent=2)
+            (made.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
 
     def _title(self, trial: Trial) -> str:
         rate = "" if trial.setting is None else f" lr {trial.setting.words}"
@@ -284,6 +309,19 @@ class _Session:
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _left(folder: Path, verb: str, metric: str) -> tuple[str, str]:
+    """Word what a process left, "" where it is not what it was to leave; and why, where a record cannot be read."""
+    if verb == "export":
+        return (f"as {folder / ADAPTER}" if (folder / ADAPTER).is_dir() else ""), ""
+    # A preparation is of another task than the study's, which need not know the study's metric.
+    metrics, damage = _readable(folder, "" if verb == "prepare" else metric)
+    if metrics is None or not metrics.fitted:
+        return "", f" in metrics.json{damage}"
+    split, numbers = ("val", metrics.val) if verb in ("prepare", "fit") else ("test", metrics.test or {})
+    score = f"{split} {metrics.primary} {numbers.get(metrics.primary, float('nan')):.4f}"
+    return (score if numbers else ""), " in metrics.json"
 
 
 def _readable(folder: Path, metric: str) -> tuple[Metrics | None, str]:
@@ -294,6 +332,11 @@ def _readable(folder: Path, metric: str) -> tuple[Metrics | None, str]:
         return None, f": {error}"
 
 
+def _has_fit(folder: Path) -> bool:
+    metrics = read_metrics(folder)
+    return metrics is not None and metrics.fitted
+
+
 def _fitted(run: Run) -> bool:
     return run.metrics is not None and run.metrics.fitted and run.failure is None
 
@@ -301,27 +344,39 @@ def _fitted(run: Run) -> bool:
 def _refuse_foreign_folders(study: Study) -> None:
     """Raise one error for every run folder that came from another command than this study's."""
     problems: list[str] = []
-    for trial in study.possible():
-        stored = trial.folder / "trial.json"
+    digest = functools.cache(adapter_digest)  # of many trials that start from one adapter
+    for made in (*study.needed(), *study.possible()):
+        stored = made.folder / "trial.json"
         if stored.exists():
-            if _identity(json.loads(stored.read_text(encoding="utf-8"))) != _identity(_record(trial)):
-                problems.append(f"'{trial.folder}' was made by another command or an earlier text of its recipe")
-        elif (trial.folder / "metrics.json").exists():
-            problems.append(f"'{trial.folder}' holds a run that this study did not start")
+            problem = _foreign(json.loads(stored.read_text(encoding="utf-8")), _record(made, digest))
+            problems += [f"'{made.folder}' {problem}"] if problem else []
+        elif (made.folder / "metrics.json").exists():
+            problems.append(f"'{made.folder}' holds a run that this study did not start")
     if problems:
         lines = "".join(f"\n- {problem}." for problem in problems)
         raise GraftError(f"Results of different commands cannot be mixed. Delete these or give another --out:{lines}")
 
 
-def _record(trial: Trial) -> dict[str, Any]:
-    """What trial.json says: the command without its folder, which may move, and the recipe's content."""
-    recipe = json.dumps(load_yaml(Path(trial.recipe)), sort_keys=True, default=str)
-    return {"arguments": list(trial.options), "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
+def _record(made: Trial | Preparation, digest: Callable[[Path], str] = adapter_digest) -> dict[str, Any]:
+    """What trial.json says: the command without its folder, which may move, the recipe, and what it starts from."""
+    recipe = json.dumps(load_yaml(Path(made.recipe)), sort_keys=True, default=str)
+    record = {"arguments": list(made.stated), "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
+    starts = {one.name: {**_record(one), "adapter": digest(one.folder)} for one in made.prepared}
+    return record | ({"prepared": starts} if starts else {})
 
 
-def _identity(record: Mapping[str, Any]) -> tuple[object, object]:
-    """What makes two trials the same; how many ran side by side does not."""
-    return record.get("arguments"), record.get("recipe_sha256")
+def _foreign(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say in what a stored trial is another one; how many ran side by side makes none."""
+    if any(stored.get(key) != now[key] for key in ("arguments", "recipe_sha256")):
+        return "was made by another command or an earlier text of its recipe"
+    before, starts = stored.get("prepared", {}), now.get("prepared", {})
+    for name in {**before, **starts}:
+        one, other = dict(before.get(name, {})), dict(starts.get(name, {}))
+        if not other.get("adapter"):  # which is not there at the moment
+            one["adapter"] = other["adapter"] = ""
+        if one != other:
+            return f"started from another '{name}' than the study's"
+    return ""
 
 
 def _write(study: Study, blocks: Sequence[Block], findings: Sequence[Finding], console: Console) -> int:

@@ -4,7 +4,8 @@ A trial is one run of `graft fit`: a recipe, a method, a learning rate (and a we
 a seed; or one of `graft baseline`: a recipe, a predictor that is not trained and a seed. It is described by its command
 line and its run folder, and by nothing else. Run folders are `RUNS/<recipe>/<method>/lr-<lr>-seed-<seed>`,
 `.../lr-<lr>-decay-<decay>-seed-<seed>` and `RUNS/<recipe>/<baseline>/seed-<seed>`. RUNS is the study's output folder,
-unless the file says `runs`: two studies with the same `runs` share what they have in common.
+unless the file says `runs`: two studies with the same `runs` share what they have in common. What a study prepares
+before its trials lies in `RUNS/prepared/<name>`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from common.compare.prepared import Preparation, option_words, placed
 
 DECAY_OPTION = "model.optim.weight_decay"
 
@@ -48,6 +51,7 @@ class Method:
         lr_options: The options of `graft fit` that take the learning rate.
         overrides: Further options of `graft fit`, those of the study included.
         weight_decays: The weight decays, each tried with each learning rate; none for the recipe's own.
+        starts: The names of what is prepared that its `peft` and `overrides` refer to.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Method:
     lr_options: tuple[str, ...]
     overrides: Mapping[str, Any]
     weight_decays: tuple[float, ...] = ()
+    starts: tuple[str, ...] = ()
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -75,6 +80,8 @@ class Trial:
         folder: The run folder.
         options: The command line of the fit or baseline, without the run folder.
         weight_decay: The weight decay; None for the recipe's own.
+        prepared: What it starts from.
+        written: Its options as the study file writes them, where it starts from something; else none.
     """
 
     recipe: str
@@ -84,11 +91,18 @@ class Trial:
     folder: Path
     options: tuple[str, ...]
     weight_decay: float | None = None
+    prepared: tuple[Preparation, ...] = ()
+    written: tuple[str, ...] = ()
 
     @property
     def setting(self) -> Setting | None:
         """What its method was tuned by; None for a baseline."""
         return None if self.lr is None else Setting(lr=self.lr, weight_decay=self.weight_decay)
+
+    @property
+    def stated(self) -> tuple[str, ...]:
+        """What it is told by: its options, without the folders of what it starts from, which may move."""
+        return self.written or self.options
 
     @property
     def baseline(self) -> bool:
@@ -134,6 +148,7 @@ class Study:
         seed_options: Further options that take the seed, in every trial.
         part: The part of the report that the study is; None where the report has no parts.
         metric: The validation metric that chooses settings, and the test metric that decides; "" for the task's own.
+        preparations: What its methods may start from, by name.
     """
 
     title: str
@@ -150,15 +165,15 @@ class Study:
     seed_options: tuple[str, ...]
     part: Part | None = None
     metric: str = ""
+    preparations: Mapping[str, Preparation] = field(default_factory=dict[str, Preparation])
 
     def trial(self, recipe: str, method: Method, setting: Setting, seed: int) -> Trial:
         """Describe one run of this study."""
-        options = ["fit", "--config", recipe, "--peft", json.dumps(method.peft), *self._seeded(seed)]
-        for key in method.lr_options:
-            options += [f"--{key}", repr(setting.lr)]
-        if setting.weight_decay is not None:
-            options += [f"--{DECAY_OPTION}", repr(setting.weight_decay)]
-        options += _options(method.overrides)
+        written = self._words(recipe, method, setting, seed)
+        options = written
+        if method.starts:
+            found = {name: placed(getattr(method, name), self.preparations) for name in ("peft", "overrides")}
+            options = self._words(recipe, replace(method, **found), setting, seed)
         folder = self.runs / self.labels[recipe] / method.name / f"{setting.folder}-seed-{seed}"
         return Trial(
             recipe=recipe,
@@ -166,9 +181,24 @@ class Study:
             lr=setting.lr,
             seed=seed,
             folder=folder,
-            options=tuple(options),
+            options=options,
             weight_decay=setting.weight_decay,
+            prepared=tuple(self.preparations[name] for name in method.starts),
+            written=written if method.starts else (),
         )
+
+    def _words(self, recipe: str, method: Method, setting: Setting, seed: int) -> tuple[str, ...]:
+        words = ["fit", "--config", recipe, "--peft", json.dumps(method.peft), *self._seeded(seed)]
+        for key in method.lr_options:
+            words += [f"--{key}", repr(setting.lr)]
+        if setting.weight_decay is not None:
+            words += [f"--{DECAY_OPTION}", repr(setting.weight_decay)]
+        return (*words, *option_words(method.overrides))
+
+    def needed(self) -> list[Preparation]:
+        """What is to be prepared: that from which a method starts."""
+        names = dict.fromkeys(name for method in self.methods for name in method.starts)
+        return [self.preparations[name] for name in names]
 
     def untrained(self) -> list[Trial]:
         """The runs of the baselines: every recipe, baseline and seed."""
@@ -179,7 +209,7 @@ class Study:
                 lr=None,
                 seed=seed,
                 folder=self.runs / self.labels[recipe] / name / f"seed-{seed}",
-                options=("baseline", name, "--config", recipe, *self._seeded(seed), *_options(self.overrides)),
+                options=("baseline", name, "--config", recipe, *self._seeded(seed), *option_words(self.overrides)),
             )
             for recipe in self.recipes
             for name in self.baselines
@@ -219,12 +249,3 @@ def label_recipes(recipes: Sequence[str]) -> dict[str, str]:
         return path.name if stems[path.name] == 1 else "-".join(p for p in path.parts if p not in ("..", path.anchor))
 
     return {recipe: label(recipe) for recipe in recipes}
-
-
-def _options(overrides: Mapping[str, Any]) -> list[str]:
-    words: list[str] = []
-    for key, value in overrides.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        # A value that starts with a dash would be read as an option of its own.
-        words += [f"--{key}={text}"] if text.startswith("-") else [f"--{key}", text]
-    return words

@@ -8,6 +8,8 @@
 
 A method may say `weight_decay: [0, 0.05]` beside its `lr`: each decay is tried with each rate, and a pair is chosen.
 
+`prepare` names adapters to train before the trials, from which methods start; see `prepared`.
+
 One report on sets that differ in more than the recipe has parts. A part says of these keys what is its own; what it
 does not say it has from the file, and its overrides add to the file's:
 
@@ -30,12 +32,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from common._yaml import load_yaml
+from common.compare.prepared import FOLDER, PREFIX, Preparation, option_words, references
 from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipes
 from common.errors import GraftError, suggest
 
 _PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
 _PART_KEYS += ("tune_seed", "seed_options", "metric")
-_STUDY_KEYS = (*_PART_KEYS, "out", "runs", "parts")
+_STUDY_KEYS = (*_PART_KEYS, "out", "runs", "prepare", "parts")
+_PREPARE_KEYS = ("recipe", "peft", "lr", "overrides", "seed")
 _METHOD_KEYS = ("peft", "lr", "lr_options", "weight_decay", "overrides")
 _PEFT_KEYS = ("class_path", "init_args")
 # What the study decides itself, so that an override can never contradict the folder's name.
@@ -68,13 +72,14 @@ def load_studies(path: Path, out: Path | None = None) -> list[Study]:
     target = out if out is not None else Path(str(folder))
     # With another --out everything goes there, the runs too.
     runs = Path(shared_runs) if isinstance(shared_runs, str) and out is None else target
+    preparations = _preparations(top["prepare"], runs / FOLDER, problems) if "prepare" in top else {}
     studies: list[Study] = []
     for part, fields, where in _parts(top, problems):
         found: list[str] = []
-        own = _contents(fields, part, found)
+        own = _contents(fields, part, preparations, found)
         studies.append(Study(title=title, question=question, out=target, runs=runs, part=part, **own))
         problems += [f"{where}{problem}" for problem in found]
-    labels = [label for study in studies for label in study.labels.values()]
+    labels = [label for study in studies for label in study.labels.values()] + [FOLDER] * bool(preparations)
     if len(set(labels)) < len(labels):
         problems.append(f"recipes share the folder names {_show(sorted(labels))}: rename a recipe or a part")
     if problems:
@@ -107,14 +112,18 @@ def _parts(top: dict[str, Any], problems: list[str]) -> list[tuple[Part | None, 
     return parts
 
 
-def _contents(fields: Mapping[str, Any], part: Part | None, problems: list[str]) -> dict[str, Any]:
+def _contents(
+    fields: Mapping[str, Any], part: Part | None, preparations: Mapping[str, Preparation], problems: list[str]
+) -> dict[str, Any]:
     """Read what one part, or a file without parts, compares."""
     recipes = _recipes(fields, problems)
     labels = label_recipes(recipes)
     if part is not None:
         labels = {recipe: part.name if len(recipes) == 1 else f"{part.name}-{own}" for recipe, own in labels.items()}
     shared = _overrides(fields.get("overrides"), "overrides", problems)
-    methods = _methods(fields.get("methods"), shared, problems)
+    if references(shared):
+        problems.append(f"overrides has ${{{references(shared)[0]}}}: give it to the methods that start from it")
+    methods = _methods(fields.get("methods"), shared, preparations, problems)
     seeds = _integers(fields.get("seeds", [0]), "seeds", problems)
     tune_seed = _integers(fields.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
     if len(tune_seed) > 1:
@@ -132,7 +141,64 @@ def _contents(fields: Mapping[str, Any], part: Part | None, problems: list[str])
         "seeds": seeds,
         "tune_seed": tune_seed[0] if tune_seed else 0,
         "seed_options": _seed_options(fields.get("seed_options", []), methods, problems),
+        "preparations": preparations,
     }
+
+
+def _preparations(value: object, folder: Path, problems: list[str]) -> dict[str, Preparation]:
+    """Read what is trained before the trials."""
+    blocks = _mapping(value)
+    if not blocks:
+        problems.append(f"prepare is {_show(value)}: give a mapping from a name to its recipe, peft, lr and seed")
+        return {}
+    found: dict[str, Preparation] = {}
+    for name, block in blocks.items():
+        where = f"prepare '{name}'"
+        _check_name(name, where, problems)
+        fields = _fields(block, where, _PREPARE_KEYS, problems)
+        recipe = str(fields.get("recipe"))
+        content = _mapping(load_yaml(Path(recipe))) if Path(recipe).is_file() else None
+        if content is None:
+            problems.append(f"recipe of {where} is {_show(fields.get('recipe'))}: give the path of a recipe")
+        peft = _peft(fields["peft"], where, problems) if "peft" in fields else {}
+        rates = _rates(fields["lr"], where, problems) if "lr" in fields else ()
+        seeds = _integers(fields.get("seed", 0), f"seed of {where}", problems)
+        if len(rates) > 1 or len(seeds) > 1:
+            problems.append(f"{where} has several values of lr or seed: it is trained once, so give one")
+        overrides = _overrides(fields.get("overrides"), f"overrides of {where}", problems)
+        if references([peft, overrides]):
+            problems.append(f"{where} has ${{{references([peft, overrides])[0]}}}: only methods start from something")
+        if rates and _LR_OPTION in overrides:
+            problems.append(f"{where} gives lr and sets '{_LR_OPTION}' too")
+        seed = seeds[0] if seeds else 0
+        options = ["fit", "--config", recipe, *(["--peft", json.dumps(peft)] if peft else [])]
+        options += ["--seed_everything", str(seed), *(word for lr in rates for word in (f"--{_LR_OPTION}", repr(lr)))]
+        found[str(name)] = Preparation(
+            name=str(name),
+            recipe=recipe,
+            method=_method_of(peft or (content or {}).get("peft")),
+            seed=seed,
+            folder=folder / str(name),
+            options=(*options, *option_words(overrides)),
+        )
+    return found
+
+
+def _starts(
+    settings: object, where: str, preparations: Mapping[str, Preparation], problems: list[str]
+) -> tuple[str, ...]:
+    """Read which preparations a method refers to."""
+    names: list[str] = []
+    for text in references(settings):
+        name = text.removeprefix(PREFIX)
+        if not text.startswith(PREFIX):
+            problems.append(f"{where} has ${{{text}}}, which is not understood: write ${{{PREFIX}NAME}}")
+        elif name not in preparations:
+            hint = suggest(name, preparations) if preparations else " The file has no such prepare."
+            problems.append(f"{where} has ${{{text}}}, and '{name}' is not prepared.{hint}".rstrip("."))
+        else:
+            names.append(name)
+    return tuple(dict.fromkeys(names))
 
 
 def _show(value: object) -> str:
@@ -185,7 +251,9 @@ def _recipes(top: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
     return tuple(recipes)
 
 
-def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> tuple[Method, ...]:
+def _methods(
+    value: object, shared: Mapping[str, Any], preparations: Mapping[str, Preparation], problems: list[str]
+) -> tuple[Method, ...]:
     blocks = _mapping(value)
     if not blocks:
         problems.append(f"methods is {_show(value)}: give a mapping from a name to its peft block and lr")
@@ -197,12 +265,9 @@ def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> t
         fields = _fields(block, where, _METHOD_KEYS, problems)
         if not fields:
             continue
-        peft = _fields(fields.get("peft"), f"peft of {where}", _PEFT_KEYS, problems)
-        if peft and not isinstance(peft.get("class_path"), str):
-            problems.append(f"peft of {where} has no class_path: name a method, as in 'class_path: LoRA'")
-        if _mapping(peft.get("init_args", {})) is None:
-            problems.append(f"init_args of {where} is {_show(peft['init_args'])}: give a mapping")
-        overrides = {**shared, **_overrides(fields.get("overrides"), f"overrides of {where}", problems)}
+        peft = _peft(fields.get("peft"), where, problems)
+        given = _overrides(fields.get("overrides"), f"overrides of {where}", problems)
+        overrides = {**shared, **given}
         takers = _list(fields.get("lr_options", _LR_OPTION))
         if not takers or not _are_options(takers):
             problems.append(f"lr_options of {where} is {_show(takers)}: give options without dashes, as {_LR_OPTION}")
@@ -218,9 +283,25 @@ def _methods(value: object, shared: Mapping[str, Any], problems: list[str]) -> t
                 lr_options=tuple(map(str, takers)),
                 overrides=overrides,
                 weight_decays=decays,
+                starts=_starts([peft, given], where, preparations, problems),
             )
         )
     return tuple(methods)
+
+
+def _peft(value: object, where: str, problems: list[str]) -> dict[str, Any]:
+    """Read a `peft:` block."""
+    peft = _fields(value, f"peft of {where}", _PEFT_KEYS, problems)
+    if peft and not isinstance(peft.get("class_path"), str):
+        problems.append(f"peft of {where} has no class_path: name a method, as in 'class_path: LoRA'")
+    if _mapping(peft.get("init_args", {})) is None:
+        problems.append(f"init_args of {where} is {_show(peft['init_args'])}: give a mapping")
+    return peft
+
+
+def _method_of(peft: object) -> str:
+    """Name the method of a `peft:` block."""
+    return str((_mapping(peft) or {}).get("class_path", "")).rsplit(".", 1)[-1]
 
 
 def _check_name(name: object, where: str, problems: list[str]) -> None:

@@ -181,19 +181,24 @@ def _calibration(known: Sequence[tuple[Row, Spread]], compared: Comparison) -> l
 
 
 def _worst(ranked_rows: Sequence[tuple[Row, Spread]]) -> list[str]:
-    """Name the method that is best by its worst class, where it is not the best one."""
-    best = ranked_rows[0][0]
-    lowest = {row.method: (fmean(row.worst.values), row.worst) for row, _ in ranked_rows if row.worst}
-    if best.method not in lowest:
-        return []
-    method, (value, worst) = max(lowest.items(), key=lambda one: one[1][0])
-    own, other = lowest[best.method]
-    if not value > own:
-        return []
-    return [
-        f"By its worst class {method} is ahead, by the means: {worst.measure} {value:.3f} ({worst.name}), against "
-        f"{own:.3f} ({other.name}) of {best.method}."
-    ]
+    """Name the method that is best by its worst class or group, where it is not the best one."""
+    rows = [row for row, _ in ranked_rows]
+    by_kind = {"class": {row.method: row.worst for row in rows}, "group": {row.method: row.worst_group for row in rows}}
+    lines: list[str] = []
+    for kind, found in by_kind.items():
+        own = found[rows[0].method]
+        if own is None:
+            continue
+        sign = 1.0 if own.mode == "max" else -1.0
+        known = {name: (fmean(worst.values), worst) for name, worst in found.items() if worst}
+        method, (value, worst) = max(known.items(), key=lambda one: sign * one[1][0])
+        mine = known[rows[0].method][0]
+        if sign * value > sign * mine:
+            lines.append(
+                f"By its worst {kind} {method} is ahead, by the means: {worst.measure.replace('_', ' ')} {value:.3f} "
+                f"({worst.name}), against {mine:.3f} ({own.name}) of {rows[0].method}."
+            )
+    return lines
 
 
 def _cheapest(rows: Sequence[Row]) -> list[str]:

@@ -1,38 +1,33 @@
-"""The results as tables: for a terminal, a README (Markdown) and a spreadsheet (CSV). Quality never without cost."""
+"""The results as tables: for a terminal and a README (Markdown). Quality never without cost."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from common.compare.evidence import ALPHA, COSTS, Block, Comparison, Standing, Tested
+from common.compare.evidence import ALPHA, Block, Comparison, Standing, Tested
+from common.compare.examples import FEWEST
 from common.compare.integrity import Finding
-from common.compare.results import MEMORY_PARTS, Row, Spread
-from common.parquet import arrow, need_parquet, packed
+from common.compare.results import Row, Spread
+from common.compare.worst import Worst
 
 NOTHING = "–"  # noqa: RUF001 (an en dash, as tables print it)
 WORST = (
     "Worst class: the lowest recall of a class (in segmentation, the lowest Dice) of each seed's run; in brackets the "
     "class that is lowest on average, and how many test examples it has. With few examples it is low by chance."
 )
-_PLAIN_WIDTH = 170
-_COSTS = (
-    *("params_trainable", "trainable_percent", "params_total"),
-    *(f"memory_{part}" for part in ("total", *MEMORY_PARTS)),
-    *("flops_per_step", "step_seconds", "batch_size", "steps", "fit_seconds"),
-    *("adapter_bytes", "head_bytes", "backbone_bytes", "peak_cuda_bytes"),
+WORST_GROUP = (
+    "Worst group: the worst result of a group of test examples (what the data calls speaker, subject or group) of each "
+    f"seed's run, by the metric that decides, of groups with at least {FEWEST} examples; in brackets the group that is "
+    "worst on average, and how many examples it has. With few examples, or many groups, it is bad by chance."
 )
-
-
-# Columns of results.csv that are no real numbers, but words or whole ones.
-_WORDS = ("recipe", "method", "seeds", "primary", "mode", "worst_class", "worst_class_measure", "resampled", "pareto")
-_WHOLE = ("n", "failed_runs", "settings", "worst_class_examples")
+_PLAIN_WIDTH = 170
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +113,8 @@ def columns(rows: Sequence[Row], comparison: Comparison | None, *, every_metric:
         Column(title="Method", text=lambda row: row.method, value=lambda row: row.method, words=True),
         *(_metric(name) for name in metrics[:1]),
         *(_tests(comparison, every=every_metric) if comparison else ()),
-        *([_worst()] if every_metric and any(row.worst for row in rows) else []),
+        *([_worst("class")] if every_metric and any(row.worst for row in rows) else []),
+        *([_worst("group")] if every_metric and any(row.worst_group for row in rows) else []),
         *(_metric(name) for name in metrics[1:]),
         Column(title="Seeds", text=lambda row: str(len(row.seeds)), value=lambda row: len(row.seeds)),
         Column(title="Val", text=lambda row: quality(row.val), value=lambda row: row.val.mean if row.val else None),
@@ -130,6 +126,7 @@ def columns(rows: Sequence[Row], comparison: Comparison | None, *, every_metric:
         _cost("FLOPs/step", "flops_per_step", amount),
         _cost("Step", "step_seconds", duration),
         _cost("Fit", "fit_seconds", duration),
+        *([_prepared()] if any(row.starts for row in rows) else []),
         _cost("Adapter", "adapter_bytes", lambda value: amount(value, "B")),
         *([_failures()] if any(row.failed for row in rows) else []),
     ]
@@ -188,12 +185,40 @@ def _note(blocks: Sequence[Block]) -> str:
             f" Intervals: 95 %, bootstrap over {_listed(list(over))}. Two methods are told apart where a test paired "
             f"in the same way gives p < {ALPHA} after Holm's correction for all comparisons with the same method."
         )
-    if any(row.worst for row in rows):
-        note += f" {WORST}"
+    note += "".join(f" {line}" for line in worst_notes(rows))
+    note += "".join(f" {line}" for line in preparing(rows))
     untrained = list(dict.fromkeys(row.method for row in rows if row.baseline))
     if untrained:
         note += f" Not trained, and so without costs of training: {', '.join(untrained)}; their Fit is all their time."
     return note
+
+
+def worst_notes(rows: Sequence[Row]) -> list[str]:
+    """Explain the columns of worst classes and groups, where there are any."""
+    told = ((WORST, any(row.worst for row in rows)), (WORST_GROUP, any(row.worst_group for row in rows)))
+    return [words for words, there in told if there]
+
+
+def preparing(rows: Sequence[Row]) -> list[str]:
+    """Say what was trained before the trials, from what, and at which cost; a line for each."""
+    lines: list[str] = []
+    for one in {start.preparation: start for row in rows for start in row.starts}.values():
+        made, seen = one.preparation, one.metrics
+        own = [row.method for row in rows if any(start.preparation == made for start in row.starts)]
+        users = list(dict.fromkeys(own))
+        if seen is None:
+            lines.append(f"Prepared '{made.name}' ({made.method}, {made.recipe}) failed.")
+            continue
+        size = seen.data.get("train")
+        told = f"{size:,} training examples of {seen.data.get('name', '')}" if isinstance(size, int) else ""
+        score = "" if seen.score is None else f"validation {seen.primary.replace('_', ' ')} {seen.score:.3f}"
+        costs = f"{amount(one.cost('params_trainable'))} trained parameters, {duration(one.cost('fit_seconds'))}"
+        facts = ", ".join(part for part in (f"{made.method} by {made.recipe}", told, score, costs) if part)
+        lines.append(
+            f"Prepared '{made.name}': {facts}. {_listed(users)} {'start' if users[1:] else 'starts'} from it. It was "
+            f"trained once, with seed {made.seed}, whatever their seeds; neither its spread nor its cost is in theirs."
+        )
+    return lines
 
 
 def _standing(blocks: Sequence[Block], standing: Standing) -> list[str]:
@@ -224,90 +249,6 @@ def ranked(standing: Standing) -> str:
         f"Ranks over {ranking.sets} sets: Friedman's test that all methods are alike gives p = {ranking.p:.2g}; "
         f"average ranks less than {ranking.critical:.2f} apart are not told apart (Nemenyi, 5 %)."
     )
-
-
-def write_csv(blocks: Sequence[Block], path: Path) -> None:
-    """Write one line for each recipe and method, in plain units (bytes, seconds).
-
-    What is unknown is left empty, as is what does not apply to a baseline.
-    """
-    records = _records(blocks)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def write_parquet(blocks: Sequence[Block], path: Path) -> None:
-    """Write what `write_csv` does as Parquet: the same columns, of one type each in every study.
-
-    Raises:
-        GraftError: If pyarrow is not installed.
-    """
-    need_parquet("--parquet")
-    types = arrow()
-    records = _records(blocks)
-    kinds = {**dict.fromkeys(_WORDS, types.string()), **dict.fromkeys(_WHOLE, types.int64()), "best": types.bool_()}
-    schema = types.schema([(name, kinds.get(name, types.float64())) for name in records[0]])
-    path.write_bytes(packed(types.Table.from_pylist(records, schema=schema)))
-
-
-def _records(blocks: Sequence[Block]) -> list[dict[str, object]]:
-    metrics = list(dict.fromkeys(name for block in blocks for row in block.rows for name in row.test))
-    return [_record(row, metrics) | _proof(row, block.comparison) for block in blocks for row in block.rows]
-
-
-def _record(row: Row, metrics: Sequence[str]) -> dict[str, object]:
-    record: dict[str, object] = {
-        "recipe": row.recipe,
-        "method": row.method,
-        "lr": row.lr,
-        "seeds": " ".join(map(str, row.seeds)),
-        "n": len(row.seeds),
-        "failed_runs": row.failed,
-        "primary": row.primary,
-        "mode": row.mode,
-        "weight_decay": row.weight_decay,
-        "settings": row.settings,
-        "val_primary_mean": row.val.mean if row.val else None,
-        "val_primary_std": row.val.std if row.val else None,
-    }
-    for name in metrics:
-        spread = row.test.get(name)
-        record[f"test_{name}_mean"] = spread.mean if spread else None
-        record[f"test_{name}_std"] = spread.std if spread else None
-    spread = Spread.of(row.worst.values) if row.worst else None
-    record |= {
-        "worst_class": row.worst.name if row.worst else None,
-        "worst_class_measure": row.worst.measure if row.worst else None,
-        "worst_class_mean": spread.mean if spread else None,
-        "worst_class_std": spread.std if spread else None,
-        "worst_class_examples": row.worst.examples if row.worst else None,
-    }
-    return record | {name: row.cost.get(name) for name in _COSTS}
-
-
-def _proof(row: Row, comparison: Comparison | None) -> dict[str, object]:
-    """What the tests say of one row."""
-    found = comparison.intervals.get(row.method) if comparison else None
-    to_best = comparison.to_best.get(row.method) if comparison else None
-    to_full = comparison.to_full.get(row.method) if comparison else None
-    fronts = [key for key, _, _ in COSTS if comparison and row.method in comparison.fronts[key]]
-    return {
-        "test_primary_low": found.low if found else None,
-        "test_primary_high": found.high if found else None,
-        "resampled": found.over if found else None,
-        "best": comparison is not None and row.method == comparison.best,
-        "difference_to_best": to_best.difference.value if to_best else None,
-        "p_to_best": to_best.p if to_best else None,
-        "difference_to_full": to_full.difference.value if to_full else None,
-        "difference_to_full_low": to_full.difference.low if to_full else None,
-        "difference_to_full_high": to_full.difference.high if to_full else None,
-        "p_to_full": to_full.p if to_full else None,
-        "p_to_full_permutation": to_full.permutation if to_full else None,
-        "relative_gap_to_full": comparison.gaps.get(row.method) if comparison else None,
-        "pareto": " ".join(fronts),
-    }
 
 
 def _tests(comparison: Comparison, *, every: bool) -> list[Column]:
@@ -352,17 +293,31 @@ def _cost(title: str, key: str, write: Callable[[float | None], str]) -> Column:
     return Column(title=title, text=lambda row: write(row.cost.get(key)), value=lambda row: row.cost.get(key))
 
 
-def _worst() -> Column:
+def _worst(kind: Literal["class", "group"]) -> Column:
+    def of(row: Row) -> Worst | None:
+        return row.worst if kind == "class" else row.worst_group
+
     def text(row: Row) -> str:
-        if row.worst is None:
+        worst = of(row)
+        if worst is None:
             return NOTHING
-        count = "" if row.worst.examples is None else f", {row.worst.examples}"
-        return f"{quality(Spread.of(row.worst.values))} ({row.worst.name}{count})"
+        count = "" if worst.examples is None else f", {worst.examples}"
+        return f"{quality(Spread.of(worst.values))} ({worst.name}{count})"
 
     def value(row: Row) -> float | None:
-        return Spread.of(row.worst.values).mean if row.worst else None
+        worst = of(row)
+        return Spread.of(worst.values).mean if worst else None
 
-    return Column(title="Worst class", text=text, value=value)
+    return Column(title=f"Worst {kind}", text=text, value=value)
+
+
+def _prepared() -> Column:
+    """The time of the fits before, beside that of a method's own."""
+
+    def value(row: Row) -> float | None:
+        return row.prepared_cost("fit_seconds")
+
+    return Column(title="Prepared", text=lambda row: duration(value(row)), value=value)
 
 
 def _decay() -> Column:

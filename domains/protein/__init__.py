@@ -33,6 +33,7 @@ DOMAIN = Domain(
             "PairCSV",
             "FLIP",
             "Unlabelled",
+            "UnlabelledPeptides",
         ),
         _DATA,
     ),

@@ -7,7 +7,7 @@ from domains.protein.data._reading import read_fasta
 from domains.protein.data._records import IGNORE, ProteinBatch, ProteinFacts, Record
 from domains.protein.data.base import ProteinData
 from domains.protein.data.own import FLIP, PairCSV, ProteinCSV, ProteinFASTA, ResidueCSV, Unlabelled
-from domains.protein.data.peptides import AntimicrobialPeptides
+from domains.protein.data.peptides import AntimicrobialPeptides, UnlabelledPeptides
 from domains.protein.data.sites import SumoWindows
 from domains.protein.data.uniprot import EnzymeClass, Superkingdom, UniProtFragments
 
@@ -28,6 +28,7 @@ __all__ = [
     "Superkingdom",
     "UniProtFragments",
     "Unlabelled",
+    "UnlabelledPeptides",
     "collate",
     "read_fasta",
     "sequence_loader",

@@ -1,6 +1,8 @@
-"""Antimicrobial peptides, the set that the protein domain starts with."""
+"""Antimicrobial peptides, the set that the protein domain starts with, with and without labels."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from common import artifacts
 from domains.protein.data._prepared import Listing, read_set
@@ -29,6 +31,22 @@ class AntimicrobialPeptides(ProteinData):
 
     def _read(self) -> Contents:
         return read_set("antimicrobial-1", ROW, _listed, CLASSES)
+
+
+class UnlabelledPeptides(AntimicrobialPeptides):
+    """The peptides of `AntimicrobialPeptides` in the same splits, without their labels: to adapt a language model.
+
+    What is adapted on the training split has seen no peptide of the validation and test splits, nor one whose 3-mers
+    overlap with theirs, so that an adapter may go on to `AntimicrobialPeptides`.
+    """
+
+    def _read(self) -> Contents:
+        found = super()._read()
+        splits = {
+            side: [dataclasses.replace(record, label="") for record in records]
+            for side, records in found.splits.items()
+        }
+        return Contents(kind="unlabelled", splits=splits, left_out=found.left_out)
 
 
 def _listed() -> Listing:

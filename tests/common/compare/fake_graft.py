@@ -7,6 +7,7 @@ stands in metrics.json}, "named_splits": whether the test split is told by `data
 The accuracy is that of the answers, where there are any; then every seed's is.
 A trial with a weight decay is "lr decay" under "val". Every call is noted in calls.jsonl, beside it.
 A baseline has no learning rate: it is "-" in the lists, and "val" has its number instead of rates.
+An export writes the run's options as its tensors; a fit of a method with `first` needs such a folder.
 """
 
 import json
@@ -21,9 +22,11 @@ def main() -> int:
     name = words.pop(0) if verb == "baseline" else ""
     flags = {"--resume"} & set(words)
     words = [word for word in words if word not in flags]
+    if verb == "export":
+        words = ["--run", words[0], "--out", words[1]]
     options = dict(zip(words[::2], words[1::2], strict=True))
     run = Path(options["--run"])
-    if verb == "test":
+    if verb in ("test", "export"):
         options = {**json.loads((run / "options.json").read_text()), **options}
     recipe_path = Path(options["--config"])
     world = json.loads((recipe_path.parent / "world.json").read_text())
@@ -43,6 +46,14 @@ def main() -> int:
         print("Traceback: the loss is <not> a number", file=sys.stderr)  # noqa: T201
         return 3
     if [verb, method, lr, seed] in world.get("silent", []):
+        return 0
+    first = peft.get("init_args", {}).get("first")
+    if first and not (Path(first) / "adapter_model.safetensors").is_file():
+        return 4
+    if verb == "export":
+        Path(options["--out"]).mkdir()
+        text = (run / "options.json").read_text() + world.get("rounding", "")
+        (Path(options["--out"]) / "adapter_model.safetensors").write_text(text)
         return 0
     path = run / "metrics.json"
     rows = world.get("rows", {}).get(method)

@@ -10,9 +10,10 @@ import pytest
 from scipy import stats
 
 from common.compare.evidence import direction, stand, weigh
+from common.compare.records import write_csv
 from common.compare.statistics import difference, holm, permutation_p
 from common.compare.summary import overview
-from common.compare.tables import columns, write_csv, write_markdown
+from common.compare.tables import columns, write_markdown
 
 RNG = np.random.default_rng(0)
 EASE = RNG.random(200)

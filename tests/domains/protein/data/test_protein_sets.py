@@ -8,7 +8,14 @@ from collections import Counter
 import pytest
 
 from common.errors import GraftError
-from domains.protein.data import AntimicrobialPeptides, EnzymeClass, SumoWindows, Superkingdom, _prepared
+from domains.protein.data import (
+    AntimicrobialPeptides,
+    EnzymeClass,
+    SumoWindows,
+    Superkingdom,
+    UnlabelledPeptides,
+    _prepared,
+)
 from domains.protein.data._records import Record
 from domains.protein.data._uniprot import ENZYME_CLASSES, enzyme_class, parse_header, superkingdom
 from domains.protein.data.base import ProteinData
@@ -173,6 +180,17 @@ def test_antimicrobial_peptides_are_split_by_similarity():
         assert one == other or jaccard(first, second) < 0.2
     # A random split flatters: the nearest neighbour alone gains more than ten points.
     assert facts.leak["random"] > facts.leak["similarity"] + 0.1
+
+
+@pytest.mark.artifacts
+def test_unlabelled_peptides_stand_in_the_same_splits():
+    labelled, bare = AntimicrobialPeptides(), UnlabelledPeptides()
+    for data in (labelled, bare):
+        data.setup()
+    assert (bare.facts.kind, bare.names) == ("unlabelled", ())
+    for split in ("train", "val", "test"):
+        pairs = zip(labelled.records(split), bare.records(split), strict=True)
+        assert all((one.id, one.sequence) == (other.id, other.sequence) and not other.label for one, other in pairs)
 
 
 @pytest.mark.artifacts
