@@ -93,6 +93,14 @@ class SplitData(LightningDataModule, Generic[RecordT, FactsT]):
         return self._eval_loader("test")
 
 
+def named(name: str, group: str) -> dict[str, str]:
+    """Begin a test example's row of predictions: its id, and its group where the data states one ("" where not).
+
+    A group is what examples have in common beside their class: a speaker, a patient, a site, a protein family.
+    """
+    return {"id": name, **({"group": group} if group else {})}
+
+
 def _contents(given: Sequence[str | Path | None]) -> set[str | Path]:
     """Keep what can be compared: texts, and files that are there."""
     return {content for content in given if isinstance(content, str) or (content is not None and content.is_file())}

@@ -20,6 +20,7 @@ from common.checkpoint import write_atomically
 from common.class_weights import ClassWeights
 from common.errors import GraftError
 from common.methods import LinearProbe, MethodSpec
+from common.split_data import named
 from common.task import Backbone, OptimSpec
 from domains.medical._labelmaps import dice_keys, largest_components, plain_names, write_nifti
 from domains.medical._task import MedicalTask
@@ -252,7 +253,8 @@ class Segmentation(MedicalTask):
         no Dice. Pictures are drawn of up to 16 cases, chosen by a hash of their ids.
         """
         maps = [found for batch in outputs for found in batch]
-        ids = [record.id for record in data.records("test")]
+        records = data.records("test")
+        ids = [record.id for record in records]
         pictured = set(sorted(ids, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:_PICTURES])
         files = plain_names(ids)
         rows = []
@@ -267,7 +269,8 @@ class Segmentation(MedicalTask):
                 drawn = picture_of(case, self.facts.class_names, found.numpy(), title=title)
                 picture = f"predictions/{file}.png"
                 write_atomically(folder / picture, lambda target, drawn=drawn: target.write(drawn))
-            rows.append({"id": name, **scores, "map": f"predictions/{file}.nii.gz", "picture": picture})
+            row = {**scores, "map": f"predictions/{file}.nii.gz", "picture": picture}
+            rows.append(named(name, records[index].group) | row)
         return rows
 
     def _case_scores(self, found: Tensor, label: Tensor) -> dict[str, Any]:
@@ -360,7 +363,7 @@ class VolumeClassification(MedicalTask):
         top, index = torch.cat(list(outputs)).softmax(dim=-1).max(dim=-1)
         return [
             {
-                "id": record.id,
+                **named(record.id, record.group),
                 "label": record.target,
                 "prediction": self.facts.class_names[int(i)],
                 "probability": round(float(p), 6),

@@ -18,6 +18,7 @@ from common.class_weights import ClassWeights
 from common.errors import GraftError
 from common.loading import mix_seed
 from common.methods import MethodSpec
+from common.split_data import named
 from common.task import OptimSpec
 from domains.protein._alphabet import ALPHABET, STANDARD
 from domains.protein._task import ProteinTask
@@ -123,7 +124,8 @@ class ResidueClassification(ProteinTask):
         for index, record in enumerate(data.records("test")):
             pairs = [(a, b) for a, b in zip(record.label, found[index], strict=False) if a != UNLABELLED_RESIDUE]
             right = round(sum(a == b for a, b in pairs) / len(pairs), 6) if pairs else None
-            rows.append({"id": record.id, "label": record.label, "prediction": found[index], "accuracy": right})
+            row = {"label": record.label, "prediction": found[index], "accuracy": right}
+            rows.append(named(record.id, record.group) | row)
         return rows
 
 
@@ -277,7 +279,7 @@ class MaskedLM(ProteinTask):
             asked, right = (wanted != IGNORE).sum(dim=1), (letters.long() == wanted).sum(dim=1)
             for index, count, hits in zip(batch.index.tolist(), asked.tolist(), right.tolist(), strict=True):
                 found[index] = {"asked": count, "accuracy": round(hits / count, 6)}
-        return [{"id": record.id, **found[index]} for index, record in enumerate(data.records("test"))]
+        return [named(record.id, record.group) | found[index] for index, record in enumerate(data.records("test"))]
 
     # ---- model card
 

@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 
 from common.class_weights import ClassWeights
 from common.methods import MethodSpec
+from common.split_data import named
 from common.task import OptimSpec
 from domains.protein._alphabet import PAD
 from domains.protein._task import ProteinTask
@@ -141,7 +142,7 @@ class _ClassTask(_PooledTask):
         for record, logits in by_record(outputs, data):
             probability = logits.float().softmax(dim=-1)
             best = int(probability.argmax())
-            row = {"id": record.id, "label": record.label, "prediction": names[best]}
+            row = {**named(record.id, record.group), "label": record.label, "prediction": names[best]}
             rows.append({**row, "probability": round(float(probability[best]), 6)})
         return rows
 
@@ -226,7 +227,8 @@ class MultiLabel(_PooledTask):
         for record, logits in by_record(outputs, data):
             probability = dict(zip(names, (round(p, 6) for p in logits.float().sigmoid().tolist()), strict=True))
             found = ";".join(name for name, p in probability.items() if p > 0.5)
-            rows.append({"id": record.id, "label": record.label, "prediction": found, "probabilities": probability})
+            row = {"label": record.label, "prediction": found, "probabilities": probability}
+            rows.append(named(record.id, record.group) | row)
         return rows
 
 
@@ -270,7 +272,7 @@ class SequenceRegression(_PooledTask):
     def predictions(self, outputs: Sequence[Tensor], data: Any, folder: Path) -> list[dict[str, Any]]:  # noqa: ANN401
         """Return id, true value and predicted value of each test record."""
         return [
-            {"id": record.id, "label": float(record.label), "prediction": round(float(value), 6)}
+            {**named(record.id, record.group), "label": float(record.label), "prediction": round(float(value), 6)}
             for record, value in by_record(outputs, data)
         ]
 

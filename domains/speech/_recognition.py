@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from common.attach import Attached
 from common.checkpoint import write_atomically
 from common.errors import GraftError
+from common.split_data import named
 from common.splits import stable_hash
 from common.task import Backbone
 from domains.speech._task import SpeechTask, records_of, warn
@@ -173,7 +174,7 @@ class Recognition(SpeechTask):
         for place, audio, reference, said in _clips(outputs, data):
             record, found = records[place], align(reference, said)
             row = {
-                "id": record.id,
+                **named(record.id, record.speaker),
                 "path": record.path,
                 "speaker": record.speaker,
                 "seconds": round(record.seconds, 3),

@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from common.class_weights import ClassWeights, balanced_weights
 from common.errors import unknown
 from common.methods import MethodSpec
+from common.split_data import named
 from common.task import OptimSpec
 from domains.speech._task import Context, SpeechTask
 from domains.speech.backbones import SpecAugment
@@ -147,7 +148,7 @@ class UtteranceClassification(SpeechTask):
                 best = shares.index(max(shares))
                 record = records[place]
                 rows[place] = {
-                    "id": record.id,
+                    **named(record.id, record.speaker),
                     "path": record.path,
                     "speaker": record.speaker,
                     "label": record.label,

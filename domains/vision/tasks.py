@@ -15,6 +15,7 @@ from common.errors import GraftError
 from common.frozen import FrozenPrefix, content
 from common.images.backbones import ImageBackbone, build, last_norm, takes_size, tokens
 from common.methods import MethodSpec
+from common.split_data import named
 from common.task import AdaptedTask, OptimSpec
 from domains.vision.data import ImageBatch, ImageFacts
 from domains.vision.heads import HeadKind, PooledHead, Pooling
@@ -187,7 +188,7 @@ class ImageClassification(AdaptedTask):
         names = self.facts.class_names
         return [
             {
-                "id": record.id,
+                **named(record.id, record.group),
                 "label": record.label,
                 "prediction": names[int(i)],
                 "probability": round(float(p), 6),

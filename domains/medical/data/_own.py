@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,8 @@ class OwnVolumes(VolumeData):
         preprocessing = {**self._preprocessing, "spacing": self._preprocessing["spacing"] or sides}
         rows: list[tuple[str, ...]] = []
         found: dict[Split, list[Case]] = {split: [] for split in SPLITS}
-        for case in sorted((entry.case for entry in usable), key=lambda case: case.id):
+        for entry in sorted(usable, key=lambda entry: entry.case.id):
+            case = replace(entry.case, group=entry.subject)
             split = splits[case.id]
             found[split].append(case)
             drawn = content_of([case.label]) if case.label else case.target

@@ -49,12 +49,14 @@ class Case:
         image: The image's files, one for each channel; a DICOM series is a folder.
         label: The file of the label map; None for the starter sets (labels are computed) and for classification.
         target: Name of the class, for classification; else "".
+        group: Whose image it is, as the data states it; "" where it does not.
     """
 
     id: str
     image: tuple[Path, ...]
     label: Path | None = None
     target: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,8 @@ class Record:
         sequence: Its residues, capital letters of `ALPHABET`.
         label: Class, or classes with ";" between them, or the value as text, or one letter a residue ("." for none).
         second: Residues of the partner; "" where there is none.
-        group: What must not stand in two splits besides similar sequences; "" where nothing is stated.
+        group: What must not stand in two splits besides similar sequences, and what results are reported by; "" where
+            nothing is stated.
     """
 
     id: str

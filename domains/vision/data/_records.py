@@ -36,11 +36,13 @@ class Record:
         id: Its name inside the dataset (a path relative to the data's root), the same on every machine.
         path: The file.
         label: The name of its class.
+        group: What it belongs to (a patient, a site, a camera), as the data states it; "" where it does not.
     """
 
     id: str
     path: Path
     label: str
+    group: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,32 @@ def assign_splits(labels: Sequence[str], groups: Sequence[str], fractions: Mappi
     return sides
 
 
+def tied(contents: Sequence[str], groups: Sequence[str]) -> list[str]:
+    """Name what has to stay together: copies, and images of one stated group, directly or over others.
+
+    Args:
+        contents: Content of each image.
+        groups: Group of each image; "" where none is stated.
+
+    Returns:
+        A name for each image, whatever the order of the images; its content where no group is stated at all.
+    """
+    if not any(groups):
+        return [*contents]
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parent.setdefault(name, name) != name:
+            name = parent[name]
+        return name
+
+    for content, group in zip(contents, groups, strict=True):
+        if group:
+            first, other = sorted((root(f"content {content}"), root(f"group {group}")))
+            parent[other] = first
+    return [root(f"content {content}") for content in contents]
+
+
 def near_duplicates(hashes: np.ndarray, mirrored: np.ndarray, max_distance: int) -> list[int]:
     """Group images whose perceptual hashes are near, directly or over others, mirror images included.
 

@@ -14,7 +14,7 @@ from common.errors import GraftError, suggest, unknown
 from common.splits import SPLITS, Split
 from domains.vision.data._images import SUFFIXES, read_image
 from domains.vision.data._records import Contents, Record
-from domains.vision.data._splits import assign_splits
+from domains.vision.data._splits import assign_splits, tied
 from domains.vision.data.base import ImageData
 
 _SPLIT_NAMES: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -66,11 +66,12 @@ class _OwnImages(ImageData):
         return Contents(splits=found, class_names=tuple(class_names), left_out=left_out)
 
     def _hashed(self, records: Sequence[Record], contents: Sequence[str], parts: Sequence[Split]) -> list[Split]:
-        """Cut the missing splits out of images by a hash of their content; copies stay together."""
+        """Cut the missing splits out of images by a hash of their content; copies and stated groups stay together."""
         shares = {"val": self.val_fraction, "test": self.test_fraction}
         asked: dict[Split, float] = {part: shares[part] for part in parts if part != "train"}
         fractions: dict[str, float] = {"train": 1 - sum(asked.values()), **asked}
-        sides = assign_splits([record.label for record in records], contents, fractions)
+        together = tied(contents, [record.group for record in records])
+        sides = assign_splits([record.label for record in records], together, fractions)
         return [_SPLIT_NAMES[side] for side in sides]
 
 
@@ -135,10 +136,13 @@ class ImageFolder(_OwnImages):
 
 
 class ImageCSV(_OwnImages):
-    """Your own images, listed in a CSV file with the columns `path`, `label` and, if you have splits, `split`.
+    """Your own images in a CSV file with the columns `path`, `label` and, if you have them, `split` and `group`.
 
     Paths are relative to `root`. The split is train, val or test; a missing `val` or `test` is cut out of `train`, and
     without the column all splits are cut by a hash of each file's content. Checks are those of `ImageFolder`.
+
+    A `group` is what an image belongs to (a patient, a site, a camera): where splits are cut, its images stay on one
+    side, and comparisons report the group that fares worst on the test split.
 
     Args:
         csv: The CSV file (UTF-8, commas).
@@ -187,7 +191,7 @@ class ImageCSV(_OwnImages):
             file = self.root / path
             if not file.is_file():
                 absent.append(f"line {line} ('{file}')")
-            records.append(Record(path, file, label))
+            records.append(Record(path, file, label, (row.get("group") or "").strip()))
             splits.append(_split_of(row, where))
         if absent and not self.skip_bad:
             more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import nibabel as nib
@@ -24,7 +26,7 @@ from common.run import fit, read_record
 from common.run import test as run_test
 from common.task import OptimSpec
 from domains.medical._labelmaps import largest_components, plain_names
-from domains.medical.data._records import IGNORE, VolumeBatch, VolumeFacts
+from domains.medical.data._records import IGNORE, Case, VolumeBatch, VolumeFacts
 from domains.medical.losses import SegmentationLoss
 from domains.medical.tasks import Segmentation, VolumeClassification
 from tests.domains.medical.conftest import CLASSES, DOMAINS, Balls, Presence, SlicedBalls, data_of, options, task_of
@@ -375,3 +377,14 @@ def test_the_classifier_reads_mean_and_maximum():
     torch.testing.assert_close(made(batch), made.head.classifier(pooled))
     expected = F.cross_entropy(made(batch), batch.label, weight=torch.tensor([1.0, 3.0]))
     torch.testing.assert_close(made.compute_loss(batch), expected)
+
+
+def test_a_row_names_the_subject_where_one_is_stated():
+    cases = [Case(f"c{n}", (), target="noise", group="anna" * n) for n in range(2)]
+    made = SimpleNamespace(facts=SimpleNamespace(class_names=("balls", "noise")))
+    data = SimpleNamespace(records=lambda split: cases)
+    rows = VolumeClassification.predictions(made, [torch.tensor([[1.0, 0.0], [0.0, 1.0]])], data, Path())
+    assert [(row["id"], row.get("group"), row["prediction"]) for row in rows] == [
+        ("c0", None, "balls"),
+        ("c1", "anna", "noise"),
+    ]

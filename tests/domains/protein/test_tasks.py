@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -304,6 +305,18 @@ def test_a_run_records_tests_and_predicts(kind, tmp_path):
     if kind == "residues":
         pairs = [(a, b) for row in rows for a, b in zip(row["label"], row["prediction"], strict=True) if a != "."]
         assert record["test"]["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+
+
+@kinds
+def test_a_row_names_the_group_where_one_is_stated(kind):
+    data = data_of(kind)
+    stated = [dataclasses.replace(record, group="family" * (n % 2)) for n, record in enumerate(data.records("test"))]
+    data._records["test"] = tuple(stated)
+    made = task_of(LinearProbe(), data, TASKS[kind])
+    with torch.no_grad():
+        outputs = [made.keep(made.infer(batch)) for batch in data.test_dataloader()]
+    rows = made.predictions(outputs, data, None)
+    assert [row.get("group") for row in rows] == [record.group or None for record in stated]
 
 
 def test_the_stretches_of_a_long_protein_are_put_together_again():

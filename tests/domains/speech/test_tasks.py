@@ -203,6 +203,14 @@ def test_utterances_are_pooled_over_their_own_length(wave, classes):
 # ---- refusals and warnings
 
 
+def test_a_row_names_the_speaker_as_its_group(wave, classes):
+    made = task_of(UtteranceClassification, wave, LORA, classes)
+    with torch.no_grad():
+        outputs = [made(batch) for batch in classes.test_dataloader()]
+    rows = made.predictions(outputs, classes, None)
+    assert [row["group"] for row in rows] == [record.speaker for record in classes.records("test")]
+
+
 def test_texts_that_cannot_be_written_are_counted_and_shown(wave, spelling, folder, tmp_path):
     class Odd(Beeps):
         def _record(self, path, text):

@@ -93,7 +93,7 @@ def test_top5_is_measured_where_it_says_something():
 
 def test_predictions_name_the_best_class_and_its_probability():
     made = task()
-    rows = [Record(f"a/{n}.png", Path(f"/data/a/{n}.png"), "class2") for n in range(2)]
+    rows = [Record(f"a/{n}.png", Path(f"/data/a/{n}.png"), "class2", ("", "north")[n]) for n in range(2)]
 
     class Data:
         def records(self, split):
@@ -111,6 +111,7 @@ def test_predictions_name_the_best_class_and_its_probability():
         "probability": pytest.approx(best, abs=1e-6),
         "path": "/data/a/0.png",
     }
+    assert found[1]["group"] == "north"
 
 
 def test_facts_survive_a_record():

@@ -98,7 +98,10 @@ def test_given_splits_and_folds_are_kept(write_case, write_list):
 def test_a_subject_stays_on_one_side(write_case, write_list):
     cases = [write_case(f"case{number}") for number in range(12)]
     rows = [{"image": a.name, "label": b.name, "subject": n % 4} for n, (a, b) in enumerate(cases)]
-    found = ids(ready(DecathlonData(str(write_list(rows)), **SMALL, **SHARES)))
+    data = ready(DecathlonData(str(write_list(rows)), **SMALL, **SHARES))
+    found = ids(data)
+    of = {a.name: str(n % 4) for n, (a, _) in enumerate(cases)}
+    assert all(case.group == of[case.id] for split in found for case in data.records(split))
     sides = {}
     for split, names in found.items():
         for name in names:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.errors import GraftError
 from common.splits import stable_hash
-from domains.vision.data._splits import assign_splits, near_duplicates
+from domains.vision.data._splits import assign_splits, near_duplicates, tied
 
 THREE = {"train": 0.5, "val": 0.15, "test": 0.35}
 
@@ -88,3 +88,23 @@ def test_near_duplicates_match_all_pairs_and_follow_chains():
         for a, b in near:
             component[a] = component[b] = min(component[a], component[b])
     assert component == found
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_copies_and_stated_groups_are_joined_over_others_and_order_does_not_matter(items):
+    contents, groups = [f"c{content}" for content, _ in items], [f"g{group}" if group else "" for _, group in items]
+    found = tied(contents, groups)
+    joined = [{place} for place in range(len(items))]
+    for one, other in itertools.combinations(range(len(items)), 2):
+        if contents[one] == contents[other] or (groups[one] and groups[one] == groups[other]):
+            both = joined[one] | joined[other]
+            for place in both:
+                joined[place] = both
+    for one, other in itertools.combinations(range(len(items)), 2):
+        assert (found[one] == found[other]) == (other in joined[one])
+    assert tied(contents[::-1], groups[::-1])[::-1] == found
+
+
+def test_without_stated_groups_contents_are_what_they_were():
+    assert tied(["b", "a", "b"], ["", "", ""]) == ["b", "a", "b"]

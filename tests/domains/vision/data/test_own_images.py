@@ -259,3 +259,15 @@ def test_csv_damaged_image(folder, rows, table, truncate):
     truncate(folder / "dog" / "0.jpg")
     assert "0.jpg" in refusal(csv_data, table(rows))
     assert csv_data(table(rows), skip_bad=True).facts.skipped == 1
+
+
+def test_a_stated_group_is_kept_on_one_side_and_with_the_record(table, rows):
+    groups = [f"site {place % 9}" for place in range(len(rows))]
+    told = [f"{row},{group}" for row, group in zip(rows, groups, strict=True)]
+    data = csv_data(table(told, "path,label,group"))
+    sides = {split: {record.group for record in data.records(split)} for split in ("train", "val", "test")}
+    assert sorted(name for found in sides.values() for name in found) == sorted(set(groups))
+    stated = [f"{line},{('train', 'val', 'test')[place % 3]}" for place, line in enumerate(told)]
+    given = csv_data(table(stated, "path,label,group,split"))
+    of = {row.split(",")[0]: group for row, group in zip(rows, groups, strict=True)}
+    assert all(record.group == of[record.id] for record in given.records("test"))
