@@ -66,12 +66,23 @@ class _OwnImages(ImageData):
         return Contents(splits=found, class_names=tuple(class_names), left_out=left_out)
 
     def _hashed(self, records: Sequence[Record], contents: Sequence[str], parts: Sequence[Split]) -> list[Split]:
-        """Cut the missing splits out of images by a hash of their content; copies and stated groups stay together."""
+        """Cut the missing splits out of images by a hash of their content; copies and stated groups stay together.
+
+        Every class has its share on each side, except where groups hold images of several classes.
+        """
         shares = {"val": self.val_fraction, "test": self.test_fraction}
         asked: dict[Split, float] = {part: shares[part] for part in parts if part != "train"}
         fractions: dict[str, float] = {"train": 1 - sum(asked.values()), **asked}
         together = tied(contents, [record.group for record in records])
-        sides = assign_splits([record.label for record in records], together, fractions)
+        labels = [record.label for record in records]
+        if len({*zip(together, labels, strict=True)}) > len(set(together)):
+            labels = [""] * len(records)
+            if len(set(together)) < len(parts):
+                raise GraftError(
+                    f"{self._name()} has {len(set(together))} groups, too few for {', '.join(parts)}: give a column "
+                    "split, or finer groups."
+                )
+        sides = assign_splits(labels, together, fractions)
         return [_SPLIT_NAMES[side] for side in sides]
 
 
@@ -142,7 +153,8 @@ class ImageCSV(_OwnImages):
     without the column all splits are cut by a hash of each file's content. Checks are those of `ImageFolder`.
 
     A `group` is what an image belongs to (a patient, a site, a camera): where splits are cut, its images stay on one
-    side, and comparisons report the group that fares worst on the test split.
+    side (so that the test split is of other groups than the training split), and comparisons report the group that
+    fares worst on the test split.
 
     Args:
         csv: The CSV file (UTF-8, commas).

@@ -261,13 +261,25 @@ def test_csv_damaged_image(folder, rows, table, truncate):
     assert csv_data(table(rows), skip_bad=True).facts.skipped == 1
 
 
-def test_a_stated_group_is_kept_on_one_side_and_with_the_record(table, rows):
-    groups = [f"site {place % 9}" for place in range(len(rows))]
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_stated_group_is_kept_on_one_side_and_with_the_record(table, rows, mixed):
+    """Groups of both classes, as sites are, and of one class each, as patients are."""
+    groups = [f"{'' if mixed else row.split(',')[1]} {place % 9}" for place, row in enumerate(rows)]
     told = [f"{row},{group}" for row, group in zip(rows, groups, strict=True)]
     data = csv_data(table(told, "path,label,group"))
     sides = {split: {record.group for record in data.records(split)} for split in ("train", "val", "test")}
-    assert sorted(name for found in sides.values() for name in found) == sorted(set(groups))
+    assert all(sides.values())
+    assert sorted(name for found in sides.values() for name in found) == sorted({group.strip() for group in groups})
+    if not mixed:
+        assert all({record.label for record in data.records(split)} == {"cat", "dog"} for split in sides)
     stated = [f"{line},{('train', 'val', 'test')[place % 3]}" for place, line in enumerate(told)]
     given = csv_data(table(stated, "path,label,group,split"))
-    of = {row.split(",")[0]: group for row, group in zip(rows, groups, strict=True)}
+    of = {row.split(",")[0]: group.strip() for row, group in zip(rows, groups, strict=True)}
     assert all(record.group == of[record.id] for record in given.records("test"))
+
+
+def test_too_few_groups_are_refused(table, rows):
+    told = [f"{row},site {place % 2}" for place, row in enumerate(rows)]
+    assert "has 2 groups, too few for train, val, test: give a column split" in refusal(
+        csv_data, table(told, "path,label,group")
+    )
