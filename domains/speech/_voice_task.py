@@ -261,10 +261,11 @@ class VoiceTask(AdaptedTask):
             tuned = "model = voice.model  # the head alone was trained"
         own = is_own(getattr(self.attached.plan.peft_config, "peft_type", None))
         registered = "import common.tuners  # registers Graft's own tuners with peft\n" if own else ""
+        head = f"{head}\n" if head else ""
         return (
             "import soundfile\nimport torch\nfrom peft import PeftModel\nfrom safetensors.torch import load_file\n\n"
             f"{registered}from domains.speech.voices import {names}\n\n"
-            f"voice = {build}\n{tuned}\n{head}\n"
+            f"voice = {build}\n{tuned}\n{head}"
             'ids = torch.tensor(voice.symbols.encode(voice.symbols.spell("Hello, it is me.")))\n'
             f"wave = {speak}\n"
             'soundfile.write("hello.wav", wave.numpy(), voice.rate)\n'

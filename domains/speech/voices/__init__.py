@@ -1,12 +1,15 @@
-"""Voices: networks that speak, with the roles of their modules: VITS, and SpeechT5 with a vocoder."""
+"""Voices: networks that speak, with their roles: VITS, and SpeechT5 and FastSpeech2Conformer with a vocoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from common.errors import GraftError, unknown
+from domains.speech.backbones._weights import from_source
+from domains.speech.voices._fastspeech2 import load_fastspeech2
 from domains.speech.voices._huggingface import load_folder
-from domains.speech.voices._mel_voice import MelVoice, say
+from domains.speech.voices._mel_voice import ADVICE, MelVoice, say
 from domains.speech.voices._speecht5 import load_speecht5
 from domains.speech.voices._starters import STARTERS, build_starter
 from domains.speech.voices._symbols import Letters, Phonemes, Symbols, pieces
@@ -30,6 +33,9 @@ __all__ = [
     "say",
     "synthesize",
 ]
+
+
+_MEL_KINDS = {"speecht5": "SpeechT5ForTextToSpeech", "fastspeech2_conformer": "FastSpeech2ConformerModel"}
 
 
 def build_voice(name: str, *, pretrained: bool = True, weights: str | None = None, posterior: bool = False) -> Voice:
@@ -63,11 +69,20 @@ def build_mel_voice(name: str, vocoder: str, *, pretrained: bool = True) -> MelV
 
     Args:
         name: A local folder or hub name (`OWNER/NAME`) of a `SpeechT5ForTextToSpeech` of transformers, such as
-            `microsoft/speecht5_tts`.
-        vocoder: The same of its vocoder, such as `microsoft/speecht5_hifigan`.
+            `microsoft/speecht5_tts`, or of a `FastSpeech2ConformerModel`, such as `espnet/fastspeech2_conformer`.
+        vocoder: The same of its vocoder, such as `microsoft/speecht5_hifigan` or
+            `espnet/fastspeech2_conformer_hifigan`.
         pretrained: Load the network's weights; False gives random ones.
 
     Raises:
         GraftError: One of them cannot be had, is something else, or they do not fit each other.
     """
-    return load_speecht5(name, vocoder, pretrained=pretrained)
+    from transformers import AutoConfig
+
+    config: Any = from_source(name, AutoConfig, advice=ADVICE)
+    kind = (getattr(config, "architectures", None) or [_MEL_KINDS.get(config.model_type, config.model_type)])[0]
+    if kind == "SpeechT5ForTextToSpeech":
+        return load_speecht5(name, vocoder, pretrained=pretrained)
+    if kind == "FastSpeech2ConformerModel":
+        return load_fastspeech2(name, vocoder, pretrained=pretrained)
+    raise GraftError(f"'{name}' is a {kind}. Give a {' or a '.join(_MEL_KINDS.values())}.")

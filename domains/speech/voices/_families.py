@@ -1,4 +1,4 @@
-"""Which modules of a VITS and of a SpeechT5 that speaks carry which role."""
+"""Which modules of a VITS, a SpeechT5 that speaks and a FastSpeech2Conformer carry which role."""
 
 from __future__ import annotations
 
@@ -65,3 +65,42 @@ SPEECHT5 = Family(
     },
 )
 """Parts: `text`, `decoder`, `postnet`. The embedding of relative positions has no role."""
+
+_CONFORMER_BLOCK = r"(encoder|decoder)\.conformer_layers\.\d+"
+_PREDICTOR = r"(duration|pitch|energy)_predictor"
+
+FASTSPEECH2 = Family(
+    name="fastspeech2_conformer",
+    projections={f"attention_{part}": rf"{_CONFORMER_BLOCK}\.self_attn\.linear_{part}" for part in "qkv"},
+    block=_CONFORMER_BLOCK,
+    stream=_CONFORMER_BLOCK,
+    parts={
+        "text": "encoder",
+        "durations": "duration_predictor",
+        "pitch": "pitch_predictor|pitch_embed",
+        "energy": "energy_predictor|energy_embed",
+        "decoder": "decoder",
+        "postnet": "speech_decoder_postnet",
+        "speaker": "projection",
+    },
+    roles={
+        "attention_qkv": (Pattern(rf"{_CONFORMER_BLOCK}\.self_attn\.linear_[qkv]", _LINEAR),),
+        "attention_out": (Pattern(rf"{_CONFORMER_BLOCK}\.self_attn\.linear_out", _LINEAR),),
+        "ffn_in": (Pattern(rf"{_CONFORMER_BLOCK}\.feed_forward(_macaron)?\.conv1", _CONV),),
+        "ffn_out": (Pattern(rf"{_CONFORMER_BLOCK}\.feed_forward(_macaron)?\.conv2", _CONV),),
+        # What reads the speaker vector and the curves of pitch and energy.
+        "stem": (Pattern(r"projection", _LINEAR), Pattern(r"(pitch|energy)_embed\.conv", _CONV)),
+        "conv": (
+            Pattern(rf"{_CONFORMER_BLOCK}\.conv_module\.(pointwise_conv1|depthwise_conv|pointwise_conv2)", _CONV),
+            Pattern(rf"{_PREDICTOR}\.conv_layers\.\d+\.conv", _CONV),
+            Pattern(r"speech_decoder_postnet\.layers\.\d+\.conv", _CONV),
+        ),
+        "norm": (Pattern(r".*", NORMS),),
+        "embed": (Pattern(r"encoder\.embed", (nn.Embedding,)),),
+        "head": (Pattern(rf"{_PREDICTOR}\.linear|speech_decoder_postnet\.feat_out", _LINEAR),),
+    },
+)
+"""Parts: `text`, `durations`, `pitch`, `energy`, `decoder`, `postnet`, and `speaker` where it reads a speaker vector.
+
+The projection of relative positions has no role.
+"""

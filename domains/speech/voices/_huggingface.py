@@ -29,7 +29,8 @@ def load_folder(source: str, *, pretrained: bool, posterior: bool) -> Voice:
 
     config: Any = from_source(source, AutoConfig)
     if config.model_type != "vits":
-        advice = "Take the task SpectrogramVoice" if config.model_type == "speecht5" else "Give a VITS of transformers"
+        by_mel = config.model_type in ("speecht5", "fastspeech2_conformer")
+        advice = "Take the task SpectrogramVoice" if by_mel else "Give a VITS of transformers"
         raise GraftError(f"'{source}' is a {config.model_type}, and the voices of this task are VITS. {advice}.")
     tokenizer: Any = from_source(source, VitsTokenizer)
     if tokenizer.phonemize or tokenizer.is_uroman:

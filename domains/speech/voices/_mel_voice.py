@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,28 +48,80 @@ class MelFront:
         """Return how many frames a recording has."""
         return 1 + samples // self.hop
 
+    def magnitudes(self, audio: Tensor) -> Tensor:
+        """Return the magnitudes (F, transform // 2 + 1) of a recording (T,), longer than half a window."""
+        edge = len(self.window) // 2
+        padded = functional.pad(audio.float()[None, None], (edge, edge), mode="reflect")[0, 0]
+        cut = padded.unfold(0, len(self.window), self.hop) * self.window.to(audio.device)
+        return torch.fft.rfft(cut, self.transform).abs()
+
+    def bands(self, magnitudes: Tensor) -> Tensor:
+        """Return log-mel bands (F, bands) of magnitudes."""
+        return (magnitudes @ self.filters.to(magnitudes.device)).clamp(min=self.floor).log10()
+
     def __call__(self, audio: Tensor) -> Tensor:
         """Return log-mel bands (F, bands) of a recording (T,), longer than half a window."""
         with torch.autocast(audio.device.type, enabled=False):  # half precision would round soft bands away
-            edge = len(self.window) // 2
-            padded = functional.pad(audio.float()[None, None], (edge, edge), mode="reflect")[0, 0]
-            cut = padded.unfold(0, len(self.window), self.hop) * self.window.to(audio.device)
-            magnitudes = torch.fft.rfft(cut, self.transform).abs()
-            return (magnitudes @ self.filters.to(audio.device)).clamp(min=self.floor).log10()
+            return self.bands(self.magnitudes(audio))
+
+
+class Target(NamedTuple):
+    """What a network's loss on one recording compares with; a network that finds its own pace needs the first alone.
+
+    Attributes:
+        mel: The spectrogram as the network writes it, (F, bands).
+        durations: Frames of each symbol, int64 (L,), which sum up to F.
+        pitch: Pitch of each symbol as the network's predictor writes it, (L,).
+        energy: Energy of each symbol as the network's predictor writes it, (L,).
+    """
+
+    mel: Tensor
+    durations: Tensor | None = None
+    pitch: Tensor | None = None
+    energy: Tensor | None = None
+
+    def to(self, device: torch.device) -> Target:
+        """Return it on a device."""
+        return Target(*(None if part is None else part.to(device) for part in self))
+
+
+class Teacher(Protocol):
+    """Makes of a recording what the loss compares with.
+
+    Attributes:
+        figures: What it measured beforehand, as plain values for the run's record; empty where it measured nothing.
+    """
+
+    figures: Mapping[str, Any]
+
+    def __call__(self, ids: Tensor, audio: Tensor) -> Target:
+        """Return the target of a recording (T,) of ids (L,)."""
+        ...
 
 
 class Talker(Protocol):
-    """What one kind of network does with texts, spectrograms and a speaker vector; `net` has no wrapper around it."""
+    """What one kind of network does with texts, targets and a speaker vector; `net` has no wrapper around it.
 
-    def loss(self, net: Any, lines: Lines, mels: list[Tensor], speaker: Tensor) -> dict[str, Tensor]:  # noqa: ANN401
-        """Return the parts of the network's own loss on target spectrograms (F_i, bands)."""
+    The speaker vector is None where the network reads none.
+    """
+
+    def teacher(self, voice: MelVoice, net: Any, speaker: Tensor | None) -> Teacher:  # noqa: ANN401
+        """Return what makes targets of recordings, given the voice as it came, in eval mode.
+
+        Raises:
+            GraftError: What it has to know of the voice cannot be found out.
+        """
         ...
 
-    def everything(self, net: Any, lines: Lines, mels: list[Tensor], speaker: Tensor) -> Tensor:  # noqa: ANN401
-        """Run all parts of the network, (B, N), so that a gradient reaches each."""
+    def loss(self, net: Any, lines: Lines, targets: Sequence[Target], speaker: Tensor | None) -> dict[str, Tensor]:  # noqa: ANN401
+        """Return the parts of the network's own loss."""
         ...
 
-    def say(self, net: Any, ids: Tensor, speaker: Tensor, longest: float) -> Tensor:  # noqa: ANN401
+    def everything(self, net: Any, lines: Lines, mels: Sequence[Tensor], speaker: Tensor | None) -> Tensor:  # noqa: ANN401
+        """Run all parts of the network, (B, N), so that a gradient reaches each; `mels` (F_i, bands) may be any."""
+        ...
+
+    def say(self, net: Any, ids: Tensor, speaker: Tensor | None, longest: float) -> Tensor:  # noqa: ANN401
         """Return the spectrogram (F, bands) of ids (L,), no longer than `longest` frames a symbol."""
         ...
 
@@ -81,7 +134,7 @@ class MelVoice(Backbone):
         symbols: How it reads.
         rate: Sampling rate, Hz.
         bands: Mel bands.
-        speaker_width: Width of its speaker vector.
+        speaker_width: Width of its speaker vector; 0 where it reads none.
         most_symbols: Most symbols that it reads at once, ends included.
         most_frames: Most frames that it writes.
         front: How recordings become its spectrograms.
@@ -106,7 +159,13 @@ class MelVoice(Backbone):
 
 
 def say(
-    voice: MelVoice, model: nn.Module, ids: Tensor, speaker: Tensor, *, longest: float = 20.0, seed: int = 0
+    voice: MelVoice,
+    model: nn.Module,
+    ids: Tensor,
+    speaker: Tensor | None = None,
+    *,
+    longest: float = 20.0,
+    seed: int = 0,
 ) -> Tensor:
     """Speak one line.
 
@@ -114,7 +173,7 @@ def say(
         voice: What `build_mel_voice` returned.
         model: Its network, bare or with adapters, in eval mode.
         ids: (L,), of `voice.symbols.encode`.
-        speaker: The speaker vector, (`voice.speaker_width`,).
+        speaker: The speaker vector, (`voice.speaker_width`,); None for a voice that reads none.
         longest: Most frames of each symbol.
         seed: Seed of what the network draws; on one machine the same seed speaks the same samples.
 
@@ -133,15 +192,37 @@ def draws(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def load_vocoder(source: str, kind: Any, *, bands: int, rate: int, hop: int) -> nn.Module:  # noqa: ANN401
+def source_file(source: str, name: str) -> Path:
+    """Return a file of a local folder or of the hub.
+
+    Raises:
+        GraftError: It cannot be had.
+    """
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(str(cached_file(source, name)))
+    except OSError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise GraftError(f"'{source}' has no {name} that could be had ({reason}). {ADVICE}") from error
+
+
+def load_vocoder(
+    source: str,
+    kind: Any,  # noqa: ANN401
+    *,
+    bands: int,
+    rate: int | None = None,
+    hop: int | None = None,
+) -> Any:  # noqa: ANN401
     """Load a HiFi-GAN (arXiv 2010.05646) that fits a network, frozen.
 
     Args:
         source: A local folder, or a name of the hub.
         kind: Its class in transformers.
         bands: Mel bands that the network writes.
-        rate: The network's sampling rate, Hz.
-        hop: Samples of a frame.
+        rate: The network's sampling rate, Hz; None where it does not say.
+        hop: Samples of a frame; None where the network does not say.
 
     Raises:
         GraftError: It cannot be had or read, or belongs to other spectrograms.
@@ -152,10 +233,12 @@ def load_vocoder(source: str, kind: Any, *, bands: int, rate: int, hop: int) -> 
     config: Any = from_source(source, AutoConfig, advice=advice)
     if config.model_type != kind.config_class.model_type:
         raise GraftError(f"'{source}' is a {config.model_type}. {advice}")
-    found = {"bands": config.model_in_dim, "rate": config.sampling_rate, "samples a frame": hop_of(config)}
+    rate_of = getattr(config, "sampling_rate", None)
+    found = {"bands": config.model_in_dim, "rate": rate_of, "samples a frame": hop_of(config)}
     wanted = {"bands": bands, "rate": rate, "samples a frame": hop}
+    wanted = {name: want for name, want in wanted.items() if want is not None}
     odd = [f"{name} {found[name]} instead of {wanted[name]}" for name in wanted if found[name] != wanted[name]]
     if odd:
         raise GraftError(f"The vocoder '{source}' has {', '.join(odd)}. Take the vocoder of this voice.")
-    model: nn.Module = from_source(source, kind, weights=True, advice=advice)
+    model: Any = from_source(source, kind, weights=True, advice=advice)
     return model.eval().requires_grad_(False)

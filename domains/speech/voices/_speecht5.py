@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from common.errors import GraftError
 from domains.speech.backbones._weights import from_source
 from domains.speech.voices._characters import Characters, read_characters
 from domains.speech.voices._families import SPEECHT5
-from domains.speech.voices._mel_voice import ADVICE, MelFront, MelVoice, load_vocoder
+from domains.speech.voices._mel_voice import ADVICE, MelFront, MelVoice, Target, load_vocoder, source_file
 from domains.speech.voices._objective import Lines
 
 _VOCABULARY = "spm_char.model"
@@ -32,12 +33,16 @@ class SpeechT5Talker:
     arXiv 1710.08969, over the first two heads of each layer, or as the folder's configuration says.
     """
 
-    def loss(self, net: Any, lines: Lines, mels: list[Tensor], speaker: Tensor) -> dict[str, Tensor]:  # noqa: ANN401
+    def teacher(self, voice: MelVoice, net: Any, speaker: Tensor | None) -> SpeechT5Teacher:  # noqa: ANN401
+        """Return what makes spectrograms of recordings; see `Talker`."""
+        return SpeechT5Teacher(voice.front)
+
+    def loss(self, net: Any, lines: Lines, targets: Sequence[Target], speaker: Tensor | None) -> dict[str, Tensor]:  # noqa: ANN401
         """Return the network's own loss; see `Talker`."""
-        given, labels = _inputs(net, lines, mels, speaker)
+        given, labels = _inputs(net, lines, [target.mel for target in targets], speaker)
         return {"spectrogram": net(**given, labels=labels).loss}
 
-    def everything(self, net: Any, lines: Lines, mels: list[Tensor], speaker: Tensor) -> Tensor:  # noqa: ANN401
+    def everything(self, net: Any, lines: Lines, mels: Sequence[Tensor], speaker: Tensor | None) -> Tensor:  # noqa: ANN401
         """Return spectrograms and ends as the network writes them after the true frames, (B, N); see `Talker`."""
         from transformers.models.speecht5.modeling_speecht5 import shift_spectrograms_right
 
@@ -47,18 +52,30 @@ class SpeechT5Talker:
         hidden = net.speecht5(**given, decoder_input_values=before).last_hidden_state
         return torch.cat([part.flatten(1) for part in net.speech_decoder_postnet(hidden)], dim=1)
 
-    def say(self, net: Any, ids: Tensor, speaker: Tensor, longest: float) -> Tensor:  # noqa: ANN401
+    def say(self, net: Any, ids: Tensor, speaker: Tensor | None, longest: float) -> Tensor:  # noqa: ANN401
         """Return a spectrogram that ends where the network says so; see `Talker`."""
         most = (net.config.max_speech_positions - 1) * net.config.reduction_factor
         return net.generate(
             ids[None],
             attention_mask=torch.ones_like(ids)[None],
-            speaker_embeddings=speaker[None],
+            speaker_embeddings=_needed(speaker)[None],
             maxlenratio=min(longest, most / len(ids)),
         )
 
 
-def _inputs(net: Any, lines: Lines, mels: list[Tensor], speaker: Tensor) -> tuple[dict[str, Any], Tensor]:  # noqa: ANN401
+@dataclass(frozen=True)
+class SpeechT5Teacher:
+    """The spectrogram of a recording is all that the loss compares with; see `Teacher`."""
+
+    front: MelFront
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, ids: Tensor, audio: Tensor) -> Target:
+        """Return the target of a recording; see `Teacher`."""
+        return Target(self.front(audio))
+
+
+def _inputs(net: Any, lines: Lines, mels: Sequence[Tensor], speaker: Tensor | None) -> tuple[dict[str, Any], Tensor]:  # noqa: ANN401
     """Return the network's inputs, and the spectrograms (B, F, bands) cut to whole steps, `_IGNORED` behind the end."""
     step = net.config.reduction_factor
     whole = [mel[: len(mel) // step * step] for mel in mels]
@@ -67,10 +84,16 @@ def _inputs(net: Any, lines: Lines, mels: list[Tensor], speaker: Tensor) -> tupl
     given = {
         "input_ids": lines.ids,
         "attention_mask": (places < lines.lengths[:, None]).long(),
-        "speaker_embeddings": speaker.expand(len(mels), -1),
+        "speaker_embeddings": _needed(speaker).expand(len(mels), -1),
         "use_cache": False,
     }
     return given, labels
+
+
+def _needed(speaker: Tensor | None) -> Tensor:
+    if speaker is None:
+        raise ValueError("A SpeechT5 reads a speaker vector.")
+    return speaker
 
 
 def load_speecht5(source: str, vocoder: str, *, pretrained: bool = True) -> MelVoice:
@@ -89,9 +112,6 @@ def load_speecht5(source: str, vocoder: str, *, pretrained: bool = True) -> MelV
     from transformers import AutoConfig, SpeechT5FeatureExtractor, SpeechT5ForTextToSpeech, SpeechT5HifiGan
 
     config: Any = from_source(source, AutoConfig, advice=ADVICE)
-    kinds = getattr(config, "architectures", None) or [SpeechT5ForTextToSpeech.__name__]
-    if config.model_type != "speecht5" or SpeechT5ForTextToSpeech.__name__ not in kinds:
-        raise GraftError(f"'{source}' is a {kinds[0]}. Give a SpeechT5ForTextToSpeech.")
     extractor: Any = from_source(source, SpeechT5FeatureExtractor, advice=ADVICE)
     front = MelFront(
         window=torch.from_numpy(extractor.window).float(),
@@ -129,14 +149,7 @@ def load_speecht5(source: str, vocoder: str, *, pretrained: bool = True) -> MelV
 
 
 def _vocabulary(source: str, size: int) -> Characters:
-    from transformers.utils.hub import cached_file
-
-    try:
-        file = cached_file(source, _VOCABULARY)
-    except OSError as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise GraftError(f"'{source}' has no {_VOCABULARY} that could be had ({reason}). {ADVICE}") from error
-    symbols = read_characters(Path(str(file)))
+    symbols = read_characters(source_file(source, _VOCABULARY))
     if max(*symbols.ids.values(), symbols.end) >= size:
         raise GraftError(f"{_VOCABULARY} of '{source}' has more symbols than its network ({size}). Fetch it again.")
     return symbols

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,11 +61,7 @@ class Phonemes:
         spelled = unicodedata.normalize("NFD", phonemes(text, self.language))
         odd = sorted(set(spelled) - set(self.ids))
         if odd:
-            named = ", ".join(f"'{symbol}' (U+{ord(symbol):04X})" for symbol in odd)
-            raise GraftError(
-                f"The voice has no phoneme {named}, which espeak-ng ({self.language}) writes for {cited(text)}. "
-                "Write the word otherwise, or take a voice of the text's language."
-            )
+            raise no_phoneme(odd, self.language, text)
         return pronounced(text, spelled)
 
     def encode(self, spelled: str) -> list[int]:
@@ -153,6 +149,15 @@ def pronounced(text: str, spelled: str) -> str:
     if not any(map(is_sound, spelled)):
         raise GraftError(f"There is nothing to pronounce in {cited(text)}. Give text with letters or numbers.")
     return spelled
+
+
+def no_phoneme(odd: Sequence[str], language: str, text: str) -> GraftError:
+    """Return the error that names phonemes which a voice has not, code points with their number."""
+    named = ", ".join(f"'{one}' (U+{ord(one):04X})" if len(one) == 1 else f"'{one}'" for one in odd)
+    return GraftError(
+        f"The voice has no phoneme {named}, which espeak-ng ({language}) writes for {cited(text)}. "
+        "Write the word otherwise, or take a voice of the text's language."
+    )
 
 
 def cited(text: str) -> str:

@@ -18,8 +18,7 @@ _CEPSTRA = 13
 def warp_recording(voice: Voice, model: nn.Module, ids: Tensor, audio: Tensor) -> Tensor:
     """Align a recording to its text.
 
-    The voice says the text at its predicted durations without noise; its mel-cepstra, each with mean 0 and deviation 1
-    within the clip, are warped onto the recording's, and the durations go along.
+    The voice says the text at its predicted durations without noise, and they follow the recording; see `follow`.
 
     Args:
         voice: The voice.
@@ -35,15 +34,36 @@ def warp_recording(voice: Voice, model: nn.Module, ids: Tensor, audio: Tensor) -
         logs = log_durations(bare(model), prior.hidden, prior.mask, None)
         frames = frames_of(logs, prior.mask)[0].long()
         said = synthesize(voice, model, ids, durations=frames, noise=0.0)
-    found = warped_durations(frames.cpu().numpy(), warp(_cepstra(voice, said), _cepstra(voice, audio)))
-    return torch.from_numpy(found)
+    return follow(frames, _bands(voice, said), _bands(voice, audio))
 
 
-def _cepstra(voice: Voice, audio: Tensor) -> np.ndarray:
+def follow(durations: Tensor, own: Tensor, other: Tensor) -> Tensor:
+    """Carry the durations of symbols over to another saying of the same text.
+
+    Mel-cepstra of both, without the loudness and each with mean 0 and deviation 1 within the clip, are warped onto each
+    other, and the durations go along.
+
+    Args:
+        durations: Frames of each symbol in `own`, int64 (L,).
+        own: Log-mel bands (F, C), F the sum of the durations.
+        other: The same of the other saying, (G, C).
+
+    Returns:
+        Frames of each symbol in `other`, int64 (L,), which sum up to G.
+    """
+    boundaries = warp(_cepstra(own), _cepstra(other))
+    return torch.from_numpy(warped_durations(durations.cpu().numpy(), boundaries))
+
+
+def _bands(voice: Voice, audio: Tensor) -> Tensor:
+    """Return log-mel bands (F, C) of whole frames."""
+    whole = audio[None, : len(audio) // voice.hop * voice.hop].detach().cpu().float()
+    return log_mel(magnitudes(whole, 4 * voice.hop, voice.hop), voice.rate)[0].T
+
+
+def _cepstra(bands: Tensor) -> np.ndarray:
     """Return standardised mel-cepstra (F, 13) without the loudness."""
     from scipy.fft import dct
 
-    whole = audio[None, : len(audio) // voice.hop * voice.hop].detach().cpu().float()
-    bands = log_mel(magnitudes(whole, 4 * voice.hop, voice.hop), voice.rate)[0].T.numpy()
-    cepstra = dct(bands.astype(np.float64), norm="ortho", axis=1)[:, 1 : _CEPSTRA + 1]
+    cepstra = dct(bands.detach().cpu().numpy().astype(np.float64), norm="ortho", axis=1)[:, 1 : _CEPSTRA + 1]
     return (cepstra - cepstra.mean(0)) / (cepstra.std(0) + 1e-6)

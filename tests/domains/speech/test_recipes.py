@@ -25,6 +25,7 @@ def test_there_are_recipes():
         "wavlm",
         "piper",
         "speecht5_tts",
+        "fastspeech2_conformer",
     }
 
 

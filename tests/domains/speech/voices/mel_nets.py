@@ -1,10 +1,17 @@
-"""A tiny SpeechT5 that speaks, with its vocabulary and vocoder, as transformers saves them."""
+"""A tiny SpeechT5 and a tiny FastSpeech2Conformer with their vocabularies and vocoders, as transformers saves them."""
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import (
+    FastSpeech2ConformerConfig,
+    FastSpeech2ConformerHifiGan,
+    FastSpeech2ConformerHifiGanConfig,
+    FastSpeech2ConformerModel,
     SpeechT5Config,
     SpeechT5FeatureExtractor,
     SpeechT5ForTextToSpeech,
@@ -75,7 +82,7 @@ def toy_speecht5(folder, *, seed=0, **options):
     return str(folder)
 
 
-def toy_vocoder(folder, **options):
+def toy_vocoder(folder, *, kind=SpeechT5HifiGan, kind_config=SpeechT5HifiGanConfig, **options):
     """Save a tiny HiFi-GAN; return the folder's name."""
     size = {
         "model_in_dim": BANDS,
@@ -88,8 +95,83 @@ def toy_vocoder(folder, **options):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SpeechT5HifiGan(SpeechT5HifiGanConfig(**{**size, **options}))
+        model = kind(kind_config(**{**size, **options}))
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(str(folder))
     return str(folder)
+
+
+VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
+CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
+PHONEMES = (
+    "<blank>", "<unk>", *(f"{vowel}{stress}" for vowel in VOWELS for stress in "012"), *CONSONANTS, ",", ".", "'", "?",
+    "!", "..", "<sos/eos>",
+)  # fmt: skip
+FAST_SIZE = {
+    "vocab_size": len(PHONEMES),
+    "hidden_size": 16,
+    "num_mel_bins": BANDS,
+    "encoder_layers": 2,
+    "encoder_linear_units": 24,
+    "decoder_layers": 2,
+    "decoder_linear_units": 24,
+    "decoder_kernel_size": 7,
+    "duration_predictor_channels": 12,
+    "energy_predictor_channels": 12,
+    "pitch_predictor_layers": 2,
+    "pitch_predictor_channels": 12,
+    "speech_decoder_postnet_layers": 3,
+    "speech_decoder_postnet_units": 12,
+    **{
+        name: 0.0
+        for name in (
+            "duration_predictor_dropout_rate", "energy_predictor_dropout", "pitch_predictor_dropout",
+            "encoder_dropout_rate", "encoder_positional_dropout_rate", "encoder_attention_dropout_rate",
+            "decoder_dropout_rate", "decoder_positional_dropout_rate", "decoder_attention_dropout_rate",
+            "speech_decoder_postnet_dropout",
+        )
+    },
+}  # fmt: skip
+
+
+def toy_fastspeech2(folder, *, seed=0, **options):
+    """Save a tiny FastSpeech2Conformer whose symbols last some eight frames; return the folder's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FastSpeech2ConformerModel(FastSpeech2ConformerConfig(**{**FAST_SIZE, **options}))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.3)
+        nn.init.constant_(model.duration_predictor.linear.bias, 2.2)
+        nn.init.normal_(model.duration_predictor.linear.weight, std=0.1)
+    model.save_pretrained(str(folder))
+    (folder / "vocab.json").write_text(json.dumps({symbol: place for place, symbol in enumerate(PHONEMES)}))
+    return str(folder)
+
+
+def toy_fastspeech2_vocoder(folder, **options):
+    """Save its tiny HiFi-GAN; return the folder's name."""
+    kinds = {"kind": FastSpeech2ConformerHifiGan, "kind_config": FastSpeech2ConformerHifiGanConfig}
+    return toy_vocoder(folder, **kinds, **options)
+
+
+class Tones(nn.Module):
+    """A vocoder with a known scale: a tone in the middle of each band, of magnitude 10^(slope m + shift)."""
+
+    def __init__(self, config, slope=0.15, shift=-2.0):
+        super().__init__()
+        from torchaudio.functional import melscale_fbanks
+
+        self.config, self.slope, self.shift = config, slope, shift
+        filters = melscale_fbanks(4097, 80.0, RATE / 2, BANDS, RATE, norm="slaney", mel_scale="slaney")
+        self.hertz = filters.argmax(0) * RATE / 8192
+
+    def forward(self, mel):
+        """Return the sound (F * HOP,) of a spectrogram (F, bands); frame f lies on sample f * HOP."""
+        level = torch.cat([mel, mel[-1:]]).T[None]
+        level = functional.interpolate(level, len(mel) * HOP + 1, mode="linear", align_corners=True)[0, :, :-1]
+        time = torch.arange(len(mel) * HOP) / RATE
+        phases = torch.arange(BANDS)[:, None] ** 2 + 2 * torch.pi * self.hertz[:, None] * time
+        return (10 ** (self.slope * level + self.shift) * phases.sin()).sum(0)

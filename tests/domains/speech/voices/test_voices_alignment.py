@@ -13,6 +13,7 @@ from torch.distributions import Normal
 from domains.speech.voices import expand
 from domains.speech.voices._alignment import align, frame_likelihoods, warp, warped_durations
 from domains.speech.voices._spectrum import log_mel, magnitudes, mel_distance, stft_distance
+from domains.speech.voices._warping import follow
 
 
 def ways(symbols, frames):
@@ -89,6 +90,19 @@ def test_a_sequence_slowed_down_is_followed():
     bounds = warp(one, np.repeat(one, times, axis=0))
     assert np.diff(bounds).tolist() == times.tolist()
     assert warped_durations(np.array([4, 0, 6]), bounds).tolist() == [7, 0, 13]
+
+
+def test_durations_follow_another_saying_of_the_text():
+    draw = torch.Generator().manual_seed(2)
+    durations, slower = torch.tensor([3, 0, 5, 2, 6]), torch.tensor([6, 0, 5, 6, 6])
+    own = torch.randn(16, 20, generator=draw)
+    times = (slower / durations.clamp(min=1)).long().repeat_interleave(durations)
+    other = 2.0 * own.repeat_interleave(times, dim=0) + 3.0  # louder
+    found = follow(durations, own, other + 0.01 * torch.randn(other.shape, generator=draw))
+    assert found.tolist() == slower.tolist()
+    short = follow(durations, own, other[:4])
+    assert int(short.sum()) == 4
+    assert int(short.min()) >= 0
 
 
 # ---- spectra

@@ -1,8 +1,9 @@
-"""The task on a tiny SpeechT5: it trains, resumes exactly, exports what speaks alone, and answers bad input."""
+"""The task on tiny networks of both kinds: it trains, resumes exactly, exports what speaks alone, answers bad input."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 
 import numpy as np
@@ -12,12 +13,20 @@ import torch
 from common import run as runs
 from common.errors import GraftError
 from common.exchange import export, load
-from common.methods import FullFineTune, LinearProbe, LoRA
+from common.frozen import content
+from common.methods import FishMask, FullFineTune, LinearProbe, LoRA
 from common.task import OptimSpec
 from domains.speech import DOMAIN
 from domains.speech.spectrogram import SpectrogramVoice
 from domains.speech.synthesis import base_voice
-from tests.domains.speech.voices.mel_nets import toy_speecht5, toy_vocoder
+from domains.speech.voices import _fastspeech2
+from tests.domains.speech.voices.mel_nets import (
+    Tones,
+    toy_fastspeech2,
+    toy_fastspeech2_vocoder,
+    toy_speecht5,
+    toy_vocoder,
+)
 from tests.domains.speech.voices.toy_data import RATE, TEXTS, data_of, table
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -38,6 +47,17 @@ def folders(tmp_path_factory):
     """A tiny SpeechT5 and its vocoder."""
     folder = tmp_path_factory.mktemp("speecht5")
     return toy_speecht5(folder / "voice"), toy_vocoder(folder / "vocoder")
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    """A tiny FastSpeech2Conformer whose vocoder has a known scale, measured on two lines."""
+    folder = tmp_path_factory.mktemp("fastspeech2")
+    load = _fastspeech2.load_vocoder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fastspeech2, "load_vocoder", lambda *given, **more: Tones(load(*given, **more).config))
+        patch.setattr(_fastspeech2, "LINES", _fastspeech2.LINES[:2])
+        yield toy_fastspeech2(folder / "voice"), toy_fastspeech2_vocoder(folder / "vocoder")
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +84,13 @@ def assembled(folders, clips, **options):
     return task.eval()
 
 
-def test_a_run_goes_from_fit_to_an_export_that_speaks(cache, folders, clips, tmp_path):
-    run, adapter = tmp_path / "run", tmp_path / "adapter"
+@pytest.mark.parametrize(("kind", "part", "head"), [("folders", "spectrogram", 6), ("fast", "network", 0)])
+def test_a_run_goes_from_fit_to_an_export_that_speaks(cache, request, clips, tmp_path, kind, part, head):
+    folders, run, adapter = request.getfixturevalue(kind), tmp_path / "run", tmp_path / "adapter"
     record = fitted(folders, clips, run)
-    assert {"loss", "spectrogram", "mcd", "duration_ratio"} <= set(record["val"])
-    assert record["cost"]["params_trainable_head"] == 6
+    assert {"loss", part, "mcd", "duration_ratio"} <= set(record["val"])
+    assert record["cost"]["params_trainable_head"] == head
+    assert (record["data"].get("scales", {}).get("kept") == ["pitch", "energy"]) == (kind == "fast")
     stored = torch.load(run / "last.ckpt", weights_only=True)["state_dict"]
     assert not any("vocoder" in name for name in stored)
     record = runs.test(task_of(folders), data_of(clips), run, **TRAINER)
@@ -88,13 +110,15 @@ def test_a_run_goes_from_fit_to_an_export_that_speaks(cache, folders, clips, tmp
     code = card[card.index("import soundfile") : card.index('soundfile.write("hello.wav"')]
     code = code.replace("Hello, it is me.", "a bad cab").replace("FOLDER", repr(str(adapter)))
     space = {}
-    exec(code.replace("say(voice, model, ids, speaker)", "say(voice, model, ids, speaker, longest=1.5)"), space)
-    assert torch.equal(space["speaker"], loaded.head.embedding.detach())
-    assert len(space["wave"]) > 0
+    exec(re.sub(r"wave = say\((.*)\)", r"wave = say(\1, longest=1.5)", code), space)
+    if head:
+        assert torch.equal(space["speaker"], loaded.head.embedding.detach())
+    torch.testing.assert_close(space["wave"], loaded.utter(space["ids"], 0), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("peft", [None, LinearProbe()])
-def test_a_stopped_run_goes_on_exactly(cache, folders, clips, tmp_path, peft):
+@pytest.mark.parametrize(("kind", "peft"), [("folders", None), ("folders", LinearProbe()), ("fast", None)])
+def test_a_stopped_run_goes_on_exactly(cache, request, clips, tmp_path, kind, peft):
+    folders = request.getfixturevalue(kind)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fitted(folders, clips, whole, 2, peft)
     fitted(folders, clips, parts, 2, peft, save_every=1, max_steps=1)
@@ -104,12 +128,16 @@ def test_a_stopped_run_goes_on_exactly(cache, folders, clips, tmp_path, peft):
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name
-    start = assembled(folders, clips, peft=peft).head.embedding
-    assert not torch.equal(one["head.embedding"], start)
+    if kind == "folders":
+        start = assembled(folders, clips, peft=peft).head.embedding
+        assert not torch.equal(one["head.embedding"], start)
 
 
-def test_training_lowers_the_networks_own_loss(cache, folders, clips):
+@pytest.mark.parametrize("kind", ["folders", "fast"])
+def test_training_lowers_the_networks_own_loss(cache, request, clips, kind):
+    folders = request.getfixturevalue(kind)
     task, data = assembled(folders, clips, peft=FullFineTune()), data_of(clips)
+    task.learn_targets(data)
     task.train()
     batch = next(iter(data.train_dataloader()))
     optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=5e-3)
@@ -126,6 +154,7 @@ def test_training_lowers_the_networks_own_loss(cache, folders, clips):
 
 def test_a_methods_penalty_is_part_of_the_loss(cache, folders, clips, monkeypatch):
     task, data = assembled(folders, clips), data_of(clips)
+    task.learn_targets(data)
     monkeypatch.setattr(task, "log", lambda *args, **options: None)
     monkeypatch.setattr(task, "log_dict", lambda *args, **options: None)
     batch, losses = next(iter(data.train_dataloader())), []
@@ -134,6 +163,32 @@ def test_a_methods_penalty_is_part_of_the_loss(cache, folders, clips, monkeypatc
         torch.manual_seed(0)
         losses.append(float(task.training_step(batch, 0)))
     assert losses[1] - losses[0] == pytest.approx(2.5, abs=1e-5)
+
+
+def test_a_method_that_looks_at_the_data_sees_the_loss(cache, fast, clips, tmp_path):
+    record = fitted(fast, clips, tmp_path / "run", peft=FishMask(on=["attention@decoder"], density=0.1, batches=1))
+    assert record["cost"]["params_trainable"] > 0
+
+
+def test_a_voice_without_a_speaker_vector_has_nothing_else_to_train(cache, fast, clips, tmp_path):
+    with pytest.raises(GraftError, match=r"LinearProbe trains nothing in '.*', which reads no speaker vector"):
+        fitted(fast, clips, tmp_path / "run", peft=LinearProbe())
+    with pytest.raises(GraftError, match=r"reads no speaker vector. Leave out 'speaker'"):
+        assembled(fast, clips, speaker="one.npy")
+    with pytest.raises(GraftError, match=r"recomputes no blocks\. Set gradient_checkpointing to false"):
+        assembled(fast, clips, gradient_checkpointing=True)
+
+
+def test_a_fast_voice_has_the_frames_of_each_recording(cache, fast, clips):
+    task, data = assembled(fast, clips), data_of(clips)
+    task.learn_targets(data)
+    records = [record for split in ("train", "val") for record in data.records(split)]
+    assert len(task._targets) == len(records)
+    for record in records:
+        audio = data.load(record)
+        target = task._targets[content(audio), record.text]
+        assert len(target.mel) == task._voice.front.frames(len(audio)) == int(target.durations.sum())
+        assert len(target.durations) == len(target.pitch) == len(target.energy) == len(task._ids(record.text))
 
 
 def test_long_lines_are_cut_to_what_the_network_reads(cache, folders, clips, monkeypatch):

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import SpeechT5FeatureExtractor
 
-from common.attach import attach, probe
+from common.attach import attach
 from common.errors import GraftError
-from common.methods import METHODS, FullFineTune, LoRA
+from common.methods import METHODS, FullFineTune
 from common.roles import resolve
 from domains.speech.backbones._backbone import bare
 from domains.speech.voices import build_mel_voice, build_voice, say
 from domains.speech.voices._characters import read_characters
-from domains.speech.voices._mel_voice import draws
+from domains.speech.voices._mel_voice import Target, draws
 from domains.speech.voices._objective import Lines
 from tests.domains.speech.voices.mel_nets import CHARACTERS, HOP, RATE, character_model, toy_speecht5, toy_vocoder
+from tests.domains.speech.voices.trying import merge_without_a_trace, small, train_and_reload
 from tests.toy import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CPU = torch.device("cpu")
 LINES = Lines(torch.tensor([[4, 6, 5, 18, 2], [4, 7, 2, 0, 0]]), torch.tensor([5, 3]))
 MELS = [torch.randn(length, 20, generator=torch.Generator().manual_seed(length)) for length in (9, 6)]
+TARGETS = [Target(mel) for mel in MELS]
 SPEAKER = torch.randn(6, generator=torch.Generator().manual_seed(0))
 
 
@@ -100,7 +99,7 @@ def test_spectrograms_are_those_of_the_feature_extractor(folders, voice, samples
 
 def test_the_loss_is_that_of_the_formula(voice):
     with draws(0, CPU):
-        found = sum(voice.talker.loss(voice.model, LINES, MELS, SPEAKER).values())
+        found = sum(voice.talker.loss(voice.model, LINES, TARGETS, SPEAKER).values())
     whole = [mel[: len(mel) // 2 * 2] for mel in MELS]  # steps of two frames
     longest = max(map(len, whole))
     with draws(0, CPU):
@@ -182,34 +181,11 @@ OF_EACH_KIND += ("Houlsby", "Pfeiffer", "LoKr", "FishMask", "LoReFT")
 
 @pytest.mark.parametrize("method", OF_EACH_KIND)
 def test_a_method_of_each_kind_trains_and_reloads(folders, voice, method, tmp_path):
-    with torch.no_grad():
-        before = run(voice, voice.model)
-    small = {name: value for name, value in SMALL.get(method, {}).items() if name != "target_modules"}
-    spec = METHODS[method](**small, **({"on": ON[method]} if method in ON else {}))
-    attached = attach(voice.model, spec, voice.family)
-    attached.train(False)
-    with torch.no_grad():
-        torch.testing.assert_close(run(voice, attached.model), before, atol=1e-4, rtol=1e-4)
-    probe(attached, lambda: run(voice, attached.model))
-    trained = [parameter for parameter in attached.model.parameters() if parameter.requires_grad]
-    attached.train(True)
-    sum(voice.talker.loss(bare(attached.model), LINES, MELS, SPEAKER).values()).backward()
-    assert all(parameter.grad is not None for parameter in trained)
-    torch.optim.AdamW(trained, lr=0.05).step()
-    attached.train(False)
-    with torch.no_grad():
-        after = run(voice, attached.model)
-    assert not torch.allclose(after, before, atol=1e-5)
-    fresh = build_mel_voice(*folders).model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT finds no hub configuration
-        if isinstance(attached.model, PeftModel):
-            attached.model.save_pretrained(str(tmp_path), save_embedding_layers=False)
-            fresh = PeftModel.from_pretrained(fresh, str(tmp_path))
-        else:
-            fresh.load_state_dict(attached.model.state_dict())
-    with torch.no_grad():
-        torch.testing.assert_close(run(voice, fresh.eval()), after, atol=1e-5, rtol=1e-5)
+    def loss(model):
+        return sum(voice.talker.loss(bare(model), LINES, TARGETS, SPEAKER).values())
+
+    build = lambda: build_mel_voice(*folders)  # noqa: E731
+    train_and_reload(build, lambda model: run(voice, model), loss, small(method, ON), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -227,19 +203,7 @@ def test_a_method_that_cannot_act_says_why(voice, method, named):
 
 
 def test_lora_merges_without_a_trace_and_disabled_it_is_the_base(voice):
-    with torch.no_grad():
-        before = run(voice, voice.model)
-    attached = attach(voice.model, LoRA(rank=2, on=["all", "stem", "head"]), voice.family)
-    for name, parameter in attached.model.named_parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    attached.train(False)
-    with torch.no_grad():
-        expected = run(voice, attached.model)
-        assert not torch.allclose(expected, before, atol=1e-3)
-        with attached.model.disable_adapter():
-            assert torch.equal(run(voice, attached.model), before)
-        torch.testing.assert_close(run(voice, attached.model.merge_and_unload()), expected, atol=1e-4, rtol=1e-4)
+    merge_without_a_trace(voice, lambda model: run(voice, model), ["all", "stem", "head"])
 
 
 # ---- what is refused
@@ -253,7 +217,7 @@ def test_what_does_not_fit_is_refused_by_name(folders, tmp_path):
         build_mel_voice(voice, str(tmp_path / "none"))
     with pytest.raises(GraftError, match=r"is a speecht5\. Give a SpeechT5HifiGan as 'vocoder'"):
         build_mel_voice(voice, voice)
-    with pytest.raises(GraftError, match=r"is a SpeechT5HifiGan\. Give a SpeechT5ForTextToSpeech"):
+    with pytest.raises(GraftError, match=r"is a SpeechT5HifiGan\. Give a SpeechT5ForTextToSpeech or a FastSpeech2Conf"):
         build_mel_voice(vocoder, vocoder)
     with pytest.raises(GraftError, match=r"is a speecht5, .* Take the task SpectrogramVoice"):
         build_voice(voice)
@@ -267,6 +231,6 @@ def test_what_does_not_fit_is_refused_by_name(folders, tmp_path):
 def test_full_fine_tuning_moves_every_part(voice):
     attached = attach(voice.model, FullFineTune(), voice.family)
     attached.train(True)
-    sum(voice.talker.loss(bare(attached.model), LINES, MELS, SPEAKER).values()).backward()
+    sum(voice.talker.loss(bare(attached.model), LINES, TARGETS, SPEAKER).values()).backward()
     still = {name for name, p in attached.model.named_parameters() if p.grad is None or not bool(p.grad.any())}
     assert still == set()
