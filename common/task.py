@@ -154,11 +154,18 @@ class AdaptedTask(L.LightningModule):
         self.facts = self._datamodule().facts
         self.assemble()
         probe(self.attached, lambda: self.features(self.example_batch()))
+        self.prepare(stage)
         if stage == "fit" and not self.resumed:
             self._calibrate()
         self._expected_state = self._state_keys()
         prefix = self.frozen_prefix()
         self.frozen_rows = FrozenRows(prefix, self) if prefix else None
+
+    def prepare(self, stage: str | None) -> None:
+        """Check the data against what was built, and make what the loss needs beside a batch; nothing by default.
+
+        Runs once, while the adapter is still without effect and before a method sees training batches.
+        """
 
     def _calibrate(self) -> None:
         """Show a fresh adapter the first training batches, where its method wants to see some."""

@@ -165,34 +165,24 @@ class SpectrogramVoice(VoiceTask):
         super().assemble(attach_with)
         self.val_metrics: MetricCollection = self._without_words()
 
-    def setup(self, stage: str | None = None) -> None:
-        """Build everything, read all texts and make of the recordings what the loss compares with.
+    def prepare(self, stage: str | None) -> None:
+        """Read all texts, and make of the recordings what the loss compares with.
 
         Raises:
             GraftError: There is nothing to train, the voice cannot say a text, or a text or a recording is longer than
                 it takes; or its scales cannot be measured.
         """
-        if hasattr(self, "backbone"):
-            return
-        super().setup(stage)
         data = self._datamodule()
         self._read_texts(data)
-        if stage in ("fit", "validate") and not self._targets:
-            self.learn_targets(data)
         self._choose_spoken(data)
-
-    def _calibrate(self) -> None:
-        """Make the targets first: a method that looks at training data sees the loss."""
-        data = self._datamodule()
-        self._read_texts(data)
-        self.learn_targets(data)
-        super()._calibrate()
+        if stage in ("fit", "validate"):
+            self.learn_targets(data)
 
     def learn_targets(self, data: Any) -> None:  # noqa: ANN401
         """Make of the recordings of training and validation what the loss compares with, while nothing is trained yet.
 
         Raises:
-            GraftError: See `setup`.
+            GraftError: See `prepare`.
         """
         if self.attached.plan.mode == "frozen" and self._speaker() is None:
             raise GraftError(

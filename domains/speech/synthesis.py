@@ -164,15 +164,12 @@ class VoiceAdaptation(VoiceTask):
         if attach_with is None and self.settings["route"] == "posterior" and self.settings["posterior"] == "train":
             self.posterior = Posterior(self._voice.bins, self._voice.latents)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Build everything, read all texts, and prepare what the route trains with.
+    def prepare(self, stage: str | None) -> None:
+        """Read all texts, and make what the route trains with.
 
         Raises:
             GraftError: There is nothing to train, the voice cannot say a text, or a recording is too short for one.
         """
-        if hasattr(self, "backbone"):
-            return
-        super().setup(stage)
         if self.attached.plan.mode == "frozen":
             raise GraftError(f"{type(self.peft).__name__} trains nothing in a voice but its pace. Take another method.")
         data = self._datamodule()

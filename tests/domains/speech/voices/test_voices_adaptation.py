@@ -12,7 +12,7 @@ import torch
 from common import run as runs
 from common.errors import GraftError
 from common.exchange import export, load
-from common.methods import BitFit, FullFineTune, LinearProbe, LoRA
+from common.methods import BitFit, FishMask, FullFineTune, LinearProbe, LoRA
 from common.task import OptimSpec
 from domains.speech import DOMAIN
 from domains.speech.synthesis import VoiceAdaptation, base_voice, recordings
@@ -25,6 +25,7 @@ from tests.domains.speech.voices.toy_data import RATE, TEXTS, data_of, table
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 DOMAINS = {"speech": DOMAIN}
 TRAINER = {"accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
+LOOKS = FishMask(on=["conv@decoder"], density=0.1, batches=1)  # at training data, by the route's loss
 SMALL = {
     "route": "posterior",
     "posterior": "frozen",
@@ -114,6 +115,9 @@ def _speech_of(voice, text, like):
         ({"posterior": "train"}, None),
         ({"route": "dtw"}, BitFit()),
         ({"route": "converted"}, None),
+        ({}, LOOKS),
+        ({"route": "dtw"}, LOOKS),
+        ({"route": "converted"}, LOOKS),
     ],
 )
 def test_a_stopped_run_goes_on_exactly(cache, voice, clips, tmp_path, options, peft):
