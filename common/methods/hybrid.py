@@ -329,7 +329,8 @@ class AtBudget(Composed):
             f"{count / total:.3%} of the backbone's ({self.share:.3%} wanted)"
         )
         if abs(count / total - self.share) > self.tolerance * self.share:
-            remedy = "Name fewer roles in its 'on'" if count > self.share * total else f"Raise most (now {self.most})"
+            more = f"Name more roles in its 'on', raise most (now {self.most})"
+            remedy = "Name fewer roles in its 'on'" if count > self.share * total else more
             raise GraftError(f"AtBudget comes no nearer: {found}. {remedy}, or choose another share.")
         plan = self._sized(size).plan(model, roles)
         note = f"{found}."
