@@ -245,7 +245,7 @@ def test_a_budget_leaves_the_random_state_and_the_model_alone():
         (AtBudget(method=VeRA(), most=0), "most 0"),
         (AtBudget(method=LoRA(), tolerance=0), "tolerance 0"),
         (AtBudget(method=LoRA(on=["all"]), share=0.01), "of rank 1 has .* fewer roles"),
-        (AtBudget(method=LoRA(on=["all"]), share=0.9, most=2), "of rank 2 has .* more roles in its 'on', raise most \\(now 2\\)"),
+        (AtBudget(method=LoRA(on=["all"]), share=0.9, most=2), "rank 2 has .* more roles in its 'on', raise most"),
     ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(spec, message):
