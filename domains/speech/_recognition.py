@@ -69,15 +69,12 @@ class Recognition(SpeechTask):
 
     # ---- building
 
-    def setup(self, stage: str | None = None) -> None:
-        """Build everything, then look for texts that the backbone cannot write.
+    def prepare(self, stage: str | None) -> None:
+        """Look for texts that the backbone cannot write.
 
         Raises:
             GraftError: There is nothing to train, or a text is longer than the decoder.
         """
-        if hasattr(self, "backbone"):
-            return
-        super().setup(stage)
         if not any(parameter.requires_grad for parameter in self.parameters()):
             raise GraftError(
                 f"{type(self.peft).__name__} trains nothing in {type(self).__name__}: a recogniser keeps its own "
