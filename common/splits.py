@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import accumulate
 from typing import Literal
 
@@ -37,6 +37,23 @@ def cut_ranking(sizes: Sequence[int], fractions: Sequence[float]) -> list[int]:
         wanted = share * running[-1]
         cuts.append(min(range(first, last + 1), key=lambda cut, wanted=wanted: abs(running[cut - 1] - wanted)))
     return cuts
+
+
+def joined(ties: Iterable[tuple[Hashable, Hashable]]) -> dict[Hashable, Hashable]:
+    """Join keys that are tied, directly or over others; each is mapped to the first of its group by `repr`."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(key: Hashable) -> Hashable:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for one, other in ties:
+        low, high = sorted((root(one), root(other)), key=repr)
+        parent[high] = low
+    return {key: root(key) for key in [*parent]}
 
 
 def check_share(name: str, share: float | None, shots: int | None) -> None:

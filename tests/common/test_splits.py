@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from common.errors import GraftError
-from common.splits import check_share, cut_ranking, stable_hash, take_share
+from common.splits import check_share, cut_ranking, joined, stable_hash, take_share
 
 
 def test_a_hash_is_the_first_64_bits_of_a_salted_blake2b():
@@ -46,3 +46,9 @@ def test_a_share_is_of_each_class_and_less_is_a_part_of_more():
 def test_what_is_no_share_or_one_too_many_is_refused(share, shots):
     with pytest.raises(GraftError, match=f"Toys: share is {share}"):
         check_share("Toys", share, shots)
+
+
+def test_ties_join_directly_and_over_others():
+    first = joined([("b", "1"), ("b", "2"), ("a", "2"), ("c", "3")])
+    assert len({first["a"], first["b"], first["1"]}) == 1
+    assert first["c"] != first["a"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from common.errors import GraftError
 from common.splits import SPLITS, Split, cut_ranking, stable_hash
@@ -71,20 +71,3 @@ def _home(text: str, found: Sequence[Split], fractions: Mapping[Split, float] | 
         if place < bound:
             return side
     return found[-1]
-
-
-def joined(ties: Iterable[tuple[Hashable, Hashable]]) -> dict[Hashable, Hashable]:
-    """Join keys that are tied, directly or over others; each is mapped to the first of its group by `repr`."""
-    parent: dict[Hashable, Hashable] = {}
-
-    def root(key: Hashable) -> Hashable:
-        parent.setdefault(key, key)
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    for one, other in ties:
-        low, high = sorted((root(one), root(other)), key=repr)
-        parent[high] = low
-    return {key: root(key) for key in [*parent]}

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from common import artifacts
 from common.errors import GraftError, unknown
-from common.splits import Split, stable_hash
+from common.splits import Split, joined, stable_hash
 from domains.speech._audio import RATE, decode_audio
 from domains.speech._text import normalize
 from domains.speech.data._prepared import Prepared, Take, prepared, progress_bar
 from domains.speech.data._records import Contents, Record
-from domains.speech.data._splits import joined
 from domains.speech.data.base import SpeechData
 
 ROW = "tuxpaint-stamps"

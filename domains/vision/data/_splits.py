@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from common.errors import GraftError
-from common.splits import cut_ranking, stable_hash
+from common.splits import cut_ranking, joined, stable_hash
 
 
 def assign_splits(labels: Sequence[str], groups: Sequence[str], fractions: Mapping[str, float]) -> list[str]:
@@ -70,18 +70,9 @@ def tied(contents: Sequence[str], groups: Sequence[str]) -> list[str]:
     """
     if not any(groups):
         return [*contents]
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while parent.setdefault(name, name) != name:
-            name = parent[name]
-        return name
-
-    for content, group in zip(contents, groups, strict=True):
-        if group:
-            first, other = sorted((root(f"content {content}"), root(f"group {group}")))
-            parent[other] = first
-    return [root(f"content {content}") for content in contents]
+    names = [f"content {content}" for content in contents]
+    home = joined((name, f"group {group}" if group else name) for name, group in zip(names, groups, strict=True))
+    return [str(home[name]) for name in names]
 
 
 def near_duplicates(hashes: np.ndarray, mirrored: np.ndarray, max_distance: int) -> list[int]:

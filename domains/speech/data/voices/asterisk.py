@@ -7,10 +7,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from common.errors import GraftError
-from common.splits import Split, stable_hash
+from common.splits import Split, joined, stable_hash
 from domains.speech._text import normalize
 from domains.speech.data._records import Record
-from domains.speech.data._splits import joined
 from domains.speech.data.voices._prompts import PROMPT_PARTS, Prompt, prompts
 from domains.speech.data.voices._records import VoiceSource
 from domains.speech.data.voices.base import VoiceData

@@ -12,7 +12,7 @@ from domains.speech._audio import read_audio
 from domains.speech.data import Manifest
 from domains.speech.data._confound import fit_probe, mel_statistics
 from domains.speech.data._dataset import at_speed
-from domains.speech.data._splits import joined, part_texts, split_by_group
+from domains.speech.data._splits import part_texts, split_by_group
 
 TEXTS = [
     f"{one} {other}" for one in ("red", "green", "blue", "black", "white") for other in ("hat", "cat", "bat", "mat")
@@ -206,12 +206,6 @@ def test_a_shared_text_chooses_one_side_by_a_hash():
     assert all(sum(side is not None for side in kept[n : n + 3]) == 1 for n in range(0, 900, 3))
     assert kept.count("train") == pytest.approx(210, abs=30)
     assert part_texts(["train", "val"], ["a", "a"], None) == [None, "val"]
-
-
-def test_ties_join_directly_and_over_others():
-    first = joined([("b", "1"), ("b", "2"), ("a", "2"), ("c", "3")])
-    assert len({first["a"], first["b"], first["1"]}) == 1
-    assert first["c"] != first["a"]
 
 
 def test_mel_statistics_know_the_channel_and_not_the_order():
