@@ -22,13 +22,14 @@ from rich.console import Console
 
 from common._yaml import load_yaml
 from common.compare.evidence import Block, make_blocks, stand
+from common.compare.forked_runner import local_runner
 from common.compare.integrity import Finding, check
 from common.compare.ledger import Ledger
 from common.compare.prepared import ADAPTER, Preparation, adapter_digest
 from common.compare.records import write_csv, write_parquet
 from common.compare.report import write_report
 from common.compare.results import Failure, Metrics, Run, choose, read_metrics
-from common.compare.runner import Finished, Job, LocalRunner, Runner, cpu_count, run_jobs
+from common.compare.runner import Finished, Job, Runner, cpu_count, run_jobs
 from common.compare.study import Study, Trial
 from common.compare.study_file import load_studies
 from common.compare.tables import print_table, write_markdown
@@ -116,7 +117,7 @@ def run_studies(
         _refuse_foreign_folders(study)
     if options.parquet:
         need_parquet("--parquet")
-    runner = _runner(options.runner, width)
+    runner = _runner(options.runner, width, command)
     folders = sorted({folder for study in studies for folder in (first.out, study.runs)})
     try:
         with contextlib.ExitStack() as stack:
@@ -143,11 +144,11 @@ def run_studies(
         return STOPPED, []
 
 
-def _runner(name: str, width: int) -> Runner:
+def _runner(name: str, width: int, command: Sequence[str]) -> Runner:
     if name not in RUNNERS:
         raise unknown("runner", name, RUNNERS)
     if name == LOCAL:
-        return LocalRunner()
+        return local_runner(command)
     from common.compare.ray_runner import RayRunner
 
     return RayRunner(width)

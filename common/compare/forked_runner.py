@@ -1,0 +1,133 @@
+"""Trials forked from one process that has imported the libraries, which takes each of them seconds of its own else."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from common.compare.runner import Finished, Job, LocalRunner, Runner, tail
+
+_IMPORTED = ("common.cli.training",)  # with torch, lightning, peft and torchmetrics
+_THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkedRunning:
+    """A forked process of this machine."""
+
+    job: Job
+    process: ForkServerProcess
+    started: float
+
+    def finished(self) -> Finished | None:
+        """Return how it ended; None while it runs."""
+        code = self.process.exitcode
+        if code is None:
+            return None
+        return Finished(job=self.job, code=code, seconds=time.monotonic() - self.started, tail=tail(self.job.log))
+
+    def ask(self) -> None:
+        """Ask it and its children to end."""
+        self._send(signal.SIGTERM)
+
+    def force(self) -> None:
+        """End it and its children."""
+        self._send(signal.SIGKILL)
+        self.process.join()
+
+    def _send(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid or 0, number)
+
+
+class ForkedRunner:
+    """Processes of this machine that start with the libraries imported, as Python's `forkserver` makes them.
+
+    Each is a session of its own, with its own output, environment and folder, and runs what `python -m MODULE` would.
+    The process that they are forked from computes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(_IMPORTED))
+
+    def start(self, job: Job, environment: Mapping[str, str]) -> ForkedRunning:
+        """Start a process with these environment variables, in the current folder.
+
+        Raises:
+            ValueError: The command does not begin with this Python, `-m` and the name of a module.
+        """
+        if not runs_module(job.command):
+            raise ValueError(f"{job.command[:3]} is no module of this Python.")
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        arguments = (job.command[2:], job.log.resolve(), job.append, dict(environment), Path.cwd())
+        process = self._context.Process(target=_work, args=arguments)
+        with _threads(environment[_THREADS]):  # which the first process's origin keeps
+            process.start()
+        return ForkedRunning(job=job, process=process, started=time.monotonic())
+
+
+def runs_module(command: Sequence[str]) -> bool:
+    """Whether a command line is this Python's `-m` with a module."""
+    return tuple(command[:2]) == (sys.executable, "-m") and len(command) > 2
+
+
+def local_runner(command: Sequence[str]) -> Runner:
+    """Return how trials whose command lines begin with `command` run on this machine.
+
+    They are forked on Linux where torch finds no accelerator: a driver that was started before a fork fails after it,
+    and other systems' libraries cannot be forked. Elsewhere each is a process from scratch.
+    """
+    if sys.platform != "linux" or not runs_module(command):
+        return LocalRunner()
+    import torch
+
+    return LocalRunner() if torch.accelerator.is_available() else ForkedRunner()
+
+
+@contextlib.contextmanager
+def _threads(number: str) -> Generator[None]:
+    """Let a process that is started here read this number of threads."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = number
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
+
+
+def _work(line: Sequence[str], log: Path, append: bool, environment: Mapping[str, str], folder: Path) -> None:
+    """Become what `python -m` makes of a line: a module and its arguments."""
+    os.setsid()  # a Ctrl-C of the terminal is for the process that started this one, which ends it in order
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC), 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    _use_threads(int(environment[_THREADS]))
+    multiprocessing.set_start_method(None, force=True)  # loaders' workers start as they do elsewhere
+    sys.path.insert(0, str(folder))
+    sys.argv = list(line)
+    runpy.run_module(line[0], run_name="__main__", alter_sys=True)
+
+
+def _use_threads(number: int) -> None:
+    """Take another number of threads than the process had that this one is forked from."""
+    import torch
+
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
