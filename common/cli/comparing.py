@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.domain import Domain
 from common.errors import GraftError, unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from common.compare.claims import Card, ScaleName
 
 CLAIMS = Path(__file__).resolve().parents[2] / "configs" / "claims"
 _COUNTS, _SHARES = ("shots", "labelled"), ("share",)
@@ -54,6 +59,7 @@ def _reproduce(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     from rich.console import Console
 
     from common.compare.claims import SCALES, load_cards
+    from common.compare.outlook import outlook
     from common.compare.reproduce import reproduce
 
     scale = next((name for name in SCALES if name == args.scale), None)
@@ -63,12 +69,27 @@ def _reproduce(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
         raise GraftError("Claims and --all. Name some, or ask for all.")
     cards = load_cards(CLAIMS, args.cards)
     if not args.cards and not args.all:
-        console = Console(highlight=False)
-        for card in cards:
-            console.print(f"{card.id}: {card.statement}", markup=False, soft_wrap=True)
-        console.print("\nName some of them, or give --all.")
+        _list_claims(cards, scale, args.out, Console(highlight=False))
         return 0
+    if args.all:  # what is nearly there is decided first
+        cards = sorted(cards, key=lambda card: outlook(card, scale, args.out).lacking)
     return reproduce(cards, scale, args.out, args.jobs)
+
+
+def _list_claims(cards: Sequence[Card], scale: ScaleName, out: Path, console: Console) -> None:
+    """Print what each claim says and what it still takes to decide it, then what all of them take together."""
+    from common.compare.outlook import outlook
+
+    together: dict[str, bool] = {}
+    for card in cards:
+        found = outlook(card, scale, out)
+        together |= found.runs
+        state = found.reason or f"{len(found.runs)} runs, {len(found.runs) - found.lacking} of them there already"
+        console.print(f"{card.id}: {card.statement}\n    {state}", markup=False, soft_wrap=True)
+    there = sum(together.values())
+    total = f"{len(together)} runs at scale {scale}, {there} of them there already (claims share studies)"
+    console.print(f"\nTogether {total}.", soft_wrap=True)
+    console.print("Name some of the claims, or give --all.")
 
 
 def _numbers(rates: tuple[float, ...]) -> str:

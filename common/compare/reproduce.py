@@ -18,15 +18,13 @@ from rich.console import Console
 from common import __version__
 from common.compare.claims import Card, Scale, ScaleName
 from common.compare.evidence import Block
-from common.compare.expand import Request, Shots, expand
+from common.compare.outlook import asked_of, lacking, own_folder
 from common.compare.stages import GRAFT, STOPPED, run_studies
 from common.compare.study import Study
-from common.compare.study_file import load_studies
 from common.compare.verdicts import decide
 from common.errors import GraftError
 
 NOT_RUNNABLE = "not runnable here"
-_SEEDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,9 @@ class _Runner:
     jobs: int | None
     command: tuple[str, ...]
     console: Console
-    done: dict[tuple[str, ...], list[Block]]
+    done: dict[str, list[Block]]
 
-    def run(self, key: tuple[str, ...], studies: Callable[[], Sequence[Study]]) -> list[Block]:
+    def run(self, key: str, studies: Callable[[], Sequence[Study]]) -> list[Block]:
         """Run studies, or return what came of them before.
 
         Raises:
@@ -124,10 +122,10 @@ def reproduce(
 
 def _verdict(card: Card, scale: ScaleName, out: Path, runner: _Runner) -> Verdict:
     own = card.scales[scale]
-    reason, blocks = own.not_runnable or _lacking(own.needs), list[Block]()
+    reason, blocks = own.not_runnable or lacking(own.needs), list[Block]()
     if not reason:
         try:
-            blocks = _blocks(own, out / scale / card.id, runner)
+            blocks = _blocks(own, own_folder(card, scale, out), runner)
             reason = _all_failed(blocks)
         except GraftError as error:
             reason = " ".join(str(error).split())
@@ -149,33 +147,13 @@ def _verdict(card: Card, scale: ScaleName, out: Path, runner: _Runner) -> Verdic
 
 def _blocks(scale: Scale, out: Path, runner: _Runner) -> list[Block]:
     """Run a scale's studies; each set is labelled by its study file, or its recipe."""
-    if scale.recipes:
-        request = Request(
-            recipes=scale.recipes,
-            methods=scale.methods,
-            seeds=_SEEDS,
-            rates=scale.rates,
-            shots=(),
-            overrides=scale.overrides,
-            out=out,
-        )
-        return runner.run((str(out),), lambda: expand(request, lambda _: Shots()))
     blocks: list[Block] = []
-    for path in scale.studies:
-        own = runner.run((path,), lambda path=path: load_studies(Path(path)))
-        stem = Path(path).stem
-        blocks += [replace(one, label=stem if len(own) == 1 else f"{stem}:{one.label}") for one in own]
+    for asked in asked_of(scale, out):
+        own = runner.run(asked.key, asked.load)
+        alone = asked.name and len(own) == 1
+        prefix = f"{asked.name}:" if asked.name else ""
+        blocks += [replace(one, label=asked.name if alone else f"{prefix}{one.label}") for one in own]
     return blocks
-
-
-def _lacking(needs: Sequence[str]) -> str:
-    """Say what is not there of what a scale needs."""
-    lacking = [f"file '{need}'" for need in needs if need != "gpu" and not Path(need).exists()]
-    if "gpu" in needs:
-        import torch
-
-        lacking += [] if torch.cuda.is_available() else ["GPU"]
-    return f"needs {' and '.join(lacking)}" if lacking else ""
 
 
 def _all_failed(blocks: Sequence[Block]) -> str:
