@@ -35,6 +35,15 @@ seeds: [0, 1, 2]
 BASELINES = "baselines: [Majority, Nearest]\n"
 UNTRAINED = {"val": {"Majority": 0.2, "Nearest": 0.5}}
 UNTRAINED["test"] = {"Majority": {"0": 0.2, "1": 0.2, "2": 0.2}, "Nearest": {"0": 0.50, "1": 0.54, "2": 0.52}}
+CARD = """
+id: ahead
+statement: LoRA is ahead.
+source: {paper: Somebody (2024), table: table 1, read: page}
+published: {figure: 1.0 against 0.5, protocol: theirs}
+tests: [ahead_of: {method: LoRA, reference: FullFineTune}]
+embedded: {studies: [study.yaml], differs: small}
+full: {recipes: [recipe.yaml], methods: [LoRA, FullFineTune], needs: [weights.bin]}
+"""
 
 
 class World:

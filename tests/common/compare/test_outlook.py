@@ -10,16 +10,7 @@ import pytest
 from common.cli import comparing, run
 from common.compare.claims import load_cards
 from common.compare.outlook import outlook
-
-CARD = """
-id: ahead
-statement: LoRA is ahead.
-source: {paper: Somebody (2024), table: table 1, read: page}
-published: {figure: 1.0 against 0.5, protocol: theirs}
-tests: [ahead_of: {method: LoRA, reference: FullFineTune}]
-embedded: {studies: [study.yaml], differs: small}
-full: {recipes: [recipe.yaml], methods: [LoRA, FullFineTune], needs: [weights.bin]}
-"""
+from tests.common.compare.conftest import CARD
 
 
 @pytest.fixture

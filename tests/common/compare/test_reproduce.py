@@ -16,18 +16,10 @@ from common.compare.claims import READ, load_card, load_cards
 from common.compare.reproduce import reproduce
 from common.compare.verdicts import TESTS
 from common.errors import GraftError
+from tests.common.compare.conftest import CARD
 
 REPO = Path(__file__).parents[3]
 FAKE = Path(__file__).with_name("fake_graft.py")
-CARD = """
-id: ahead
-statement: LoRA is ahead.
-source: {paper: Somebody (2024), table: table 1, read: page}
-published: {figure: 1.0 against 0.5, protocol: theirs}
-tests: [ahead_of: {method: LoRA, reference: FullFineTune}]
-embedded: {studies: [study.yaml], differs: small}
-full: {recipes: [recipe.yaml], methods: [LoRA, FullFineTune], needs: [weights.bin]}
-"""
 # LoRA is ahead by the same 10 points at every seed, or level.
 AHEAD = {"LoRA": {"0": 0.80, "1": 0.81, "2": 0.83}, "FullFineTune": {"0": 0.70, "1": 0.71, "2": 0.72}}
 
