@@ -115,8 +115,7 @@ def _work(line: Sequence[str], log: Path, append: bool, environment: Mapping[str
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
-    os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(environment)  # what the imports set stays
     os.chdir(folder)
     _use_threads(int(environment[_THREADS]))
     multiprocessing.set_start_method(None, force=True)  # loaders' workers start as they do elsewhere

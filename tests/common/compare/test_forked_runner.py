@@ -27,7 +27,6 @@ print(json.dumps({
     "main": __name__,
     "folder": os.getcwd(),
     "own": os.environ.get("OWN"),
-    "lost": os.environ.get("LOST"),
     "leads": os.getsid(0) == os.getpid(),
     "start": multiprocessing.get_start_method(),
     "threads": torch.get_num_threads(),
@@ -74,11 +73,8 @@ def said(name):
 
 
 @pytest.mark.parametrize(("code", "threads"), [(0, 1), (3, 2)])
-def test_a_forked_process_says_what_one_from_scratch_says(module, monkeypatch, code, threads):
-    monkeypatch.setenv("LOST", "1")
-    here = ForkedRunner()
-    monkeypatch.delenv("LOST")
-    for name, runner in (("scratch", LocalRunner()), ("forked", here)):
+def test_a_forked_process_says_what_one_from_scratch_says(module, code, threads):
+    for name, runner in (("scratch", LocalRunner()), ("forked", ForkedRunner())):
         ended = run(runner, job(name, str(code), "--two words"), threads, OWN="mine")
         assert ended.code == code
         assert "to the other stream" in ended.tail
@@ -86,7 +82,7 @@ def test_a_forked_process_says_what_one_from_scratch_says(module, monkeypatch, c
     assert (forked.pop("early"), scratch.pop("early")) == (True, False)
     assert forked == scratch
     assert forked["arguments"] == [str(code), "--two words"]
-    assert (forked["own"], forked["lost"], forked["folder"]) == ("mine", None, str(module))
+    assert (forked["own"], forked["folder"]) == ("mine", str(module))
     assert (forked["leads"], forked["threads"]) == (True, threads)
     assert forked["start"] == "fork" or sys.version_info >= (3, 14)
 
