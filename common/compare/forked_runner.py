@@ -45,8 +45,14 @@ class ForkedRunning:
         self.process.join()
 
     def _send(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid or 0, number)
+        pid = self.process.pid
+        if pid is None or self.process.exitcode is not None:
+            return
+        try:
+            os.killpg(pid, number)
+        except ProcessLookupError:  # it has no group of its own yet
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 class ForkedRunner:
@@ -69,7 +75,8 @@ class ForkedRunner:
         if not runs_module(job.command):
             raise ValueError(f"{job.command[:3]} is no module of this Python.")
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        arguments = (job.command[2:], job.log.resolve(), job.append, dict(environment), Path.cwd())
+        job.log.open("ab" if job.append else "wb").close()  # there whenever it ends
+        arguments = (job.command[2:], job.log.resolve(), dict(environment), Path.cwd())
         process = self._context.Process(target=_work, args=arguments)
         with _threads(environment[_THREADS]):  # which the first process's origin keeps
             process.start()
@@ -108,10 +115,10 @@ def _threads(number: str) -> Generator[None]:
             os.environ[_THREADS] = before
 
 
-def _work(line: Sequence[str], log: Path, append: bool, environment: Mapping[str, str], folder: Path) -> None:
+def _work(line: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path) -> None:
     """Become what `python -m` makes of a line: a module and its arguments."""
     os.setsid()  # a Ctrl-C of the terminal is for the process that started this one, which ends it in order
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC), 0o644)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)

@@ -123,6 +123,17 @@ def test_what_it_started_ends_with_it(module, end, code):
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
 
 
+@pytest.mark.parametrize("end", ["ask", "force"])
+def test_one_that_has_hardly_begun_ends_too(module, end):
+    going = ForkedRunner().start(job("one", "0", "wait"), {**os.environ, "OMP_NUM_THREADS": "1"})
+    begun = time.monotonic()
+    getattr(going, end)()
+    going.process.join(30)
+    assert going.finished() is not None
+    assert time.monotonic() - begun < 30
+    going.ask()  # of what has ended nothing is asked
+
+
 def test_a_failure_leaves_its_words_in_the_log(module):
     Path("says.py").write_text("raise RuntimeError('no such luck')")
     ended = run(ForkedRunner(), job("one"))
