@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.compare.claims import Card, Scale, ScaleName
@@ -21,7 +22,7 @@ class Asked:
     """Studies that a claim asks for.
 
     Attributes:
-        key: What they are known by, for all cards that ask for them.
+        key: What they are known by, for all cards that ask for the same.
         name: The stem of their file; "" where a card's recipes make them.
         load: Reads them.
     """
@@ -50,7 +51,12 @@ class Outlook:
 
 
 def asked_of(scale: Scale, out: Path) -> list[Asked]:
-    """List what a scale asks for; `out` takes the runs of a card's own recipes."""
+    """List what a scale asks for: of a study file the methods and baselines that its tests speak of, and no others.
+
+    Args:
+        scale: The scale.
+        out: The folder of the card, which takes the runs of its own recipes, and the tables and reports of its studies.
+    """
     if scale.recipes:
         request = Request(
             recipes=scale.recipes,
@@ -62,9 +68,28 @@ def asked_of(scale: Scale, out: Path) -> list[Asked]:
             out=out,
         )
         return [Asked(key=str(out), name="", load=lambda: expand(request, lambda _: Shots()))]
-    return [
-        Asked(key=path, name=Path(path).stem, load=lambda path=path: load_studies(Path(path))) for path in scale.studies
-    ]
+    found: list[Asked] = []
+    for path in map(Path, scale.studies):
+        tests = [test for test in scale.tests if test.looks_into(path.stem)]
+        names = tuple(dict.fromkeys(name for test in tests for name in test.methods))
+        load = functools.partial(_load_part, path, names, out)
+        found.append(Asked(key=" ".join((str(path), *names)), name=path.stem, load=load))
+    return found
+
+
+def _load_part(path: Path, names: Sequence[str], out: Path) -> list[Study]:
+    """Read a study file and keep some of its methods and baselines; the runs stay where the file says."""
+    parts: list[Study] = []
+    for study in load_studies(path):
+        methods = tuple(method for method in study.methods if method.name in names)
+        baselines = tuple(name for name in study.baselines if name in names)
+        if not methods:
+            known = ", ".join(method.name for method in study.methods)
+            raise GraftError(
+                f"Study '{path}' has none of {', '.join(names)}, which the claim speaks of. It has {known}."
+            )
+        parts.append(replace(study, methods=methods, baselines=baselines, out=out / path.stem))
+    return parts
 
 
 def outlook(card: Card, scale: ScaleName, out: Path) -> Outlook:
@@ -89,7 +114,7 @@ def outlook(card: Card, scale: ScaleName, out: Path) -> Outlook:
 
 
 def own_folder(card: Card, scale: ScaleName, out: Path) -> Path:
-    """Return the folder that takes the runs of a card's own recipes."""
+    """Return the folder of a card: of the tables and reports of its studies, and of the runs of its own recipes."""
     return out / scale / card.id
 
 

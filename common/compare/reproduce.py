@@ -1,7 +1,7 @@
 """`graft reproduce`: run what the cards need, and say of each claim whether it holds here.
 
-Trials are those of `graft compare`, in the studies' own folders: what is finished is not run again, and a reproduction
-that was stopped goes on.
+Trials are those of `graft compare`, in the studies' own folders of runs, and of a study only those of the methods that
+the claim speaks of: what is finished is not run again, and a reproduction that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def reproduce(
     Args:
         cards: The claims.
         scale: The size at which they are asked.
-        out: The folder of the verdicts; studies write where they say themselves.
+        out: The folder of the verdicts, and of what is reported of each claim's studies; their runs are where they say.
         jobs: How many trials run side by side; by default half the processors.
         command: What stands before `fit`, `test` and `baseline` on each command line.
         console: Where progress goes; by default standard output.

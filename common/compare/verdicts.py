@@ -23,6 +23,7 @@ from common.errors import GraftError, suggest
 
 Answer = Literal["holds", "does not hold", "inconclusive"]
 HOLDS, FAILS, OPEN = "holds", "does not hold", "inconclusive"
+_SPOKEN_OF = ("method", "reference", "methods", "order", "varied", "than")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,20 @@ class ClaimTest:
     parameters: Mapping[str, Any]
     on: tuple[str, ...] = ()
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods and baselines that it speaks of."""
+        values = [self.parameters.get(key, ()) for key in _SPOKEN_OF]
+        return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+
+    def looks_at(self, label: str) -> bool:
+        """Say whether it looks at the set of this label."""
+        return not self.on or label in self.on
+
+    def looks_into(self, study: str) -> bool:
+        """Say whether it looks at a set of the study of this name, whose label is its name or `name:recipe`."""
+        return not self.on or study in (label.partition(":")[0] for label in self.on)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Named:
@@ -70,7 +85,7 @@ def decide(tests: Sequence[ClaimTest], blocks: Sequence[Block]) -> Outcome:
     """
     outcomes: list[Outcome] = []
     for test in tests:
-        shown = [block for block in blocks if not test.on or block.label in test.on]
+        shown = [block for block in blocks if test.looks_at(block.label)]
         known = TESTS[test.name]
         for part in [shown] if known.series else [[block] for block in shown]:
             try:

@@ -16,7 +16,7 @@ from common.compare.claims import READ, load_card, load_cards
 from common.compare.reproduce import reproduce
 from common.compare.verdicts import TESTS
 from common.errors import GraftError
-from tests.common.compare.conftest import CARD
+from tests.common.compare.conftest import BASELINES, CARD, STUDY
 
 REPO = Path(__file__).parents[3]
 FAKE = Path(__file__).with_name("fake_graft.py")
@@ -67,6 +67,28 @@ def test_a_study_runs_once_for_all_cards_and_never_again(cards, world):
     world.forget()
     cards()
     assert world.calls() == []
+
+
+def test_of_a_study_only_what_the_claim_speaks_of_is_run(cards, world):
+    third = "  BitFit: {peft: {class_path: BitFit}, lr: [1.0e-3]}\nseeds:"
+    world.write(STUDY.replace("seeds:", third) + BASELINES)
+    _, found = cards("ahead")
+    assert found["ahead"]["verdict"] == "holds"
+    assert {call["method"] for call in world.calls() if "method" in call} == {"LoRA", "FullFineTune"}
+    assert "BitFit" not in Path("out/embedded/ahead/study/results.csv").read_text()
+    assert not (world.out / "results.csv").exists()  # the report of the whole study is its own
+
+
+def test_a_study_with_none_of_the_claims_methods_is_named(cards):
+    Path("cards/ahead.yaml").write_text(
+        CARD.replace("method: LoRA, reference: FullFineTune", "method: SSF, reference: IA3")
+    )
+    _, found = cards("ahead")
+    assert found["ahead"]["verdict"] == "not runnable here"
+    assert (
+        "Study 'study.yaml' has none of SSF, IA3, which the claim speaks of. It has LoRA, FullFineTune"
+        in found["ahead"]["figures"]
+    )
 
 
 def test_a_reproduction_that_is_stopped_keeps_its_verdicts(cards, monkeypatch):
@@ -165,16 +187,10 @@ def test_shipped_cards_are_whole(path, monkeypatch):
         for test in scale.tests:
             assert set(test.on) <= set(studies)
             if scale.recipes:
-                assert named(test) <= set(scale.methods)
+                assert set(test.methods) <= set(scale.methods)
             for label in test.on or studies:
                 known = {method.name for method in studies[label].methods} | set(studies[label].baselines)
-                assert named(test) <= known
-
-
-def named(test):
-    """The methods that a test speaks of."""
-    values = [test.parameters.get(key, []) for key in ("method", "reference", "methods", "order", "varied", "than")]
-    return {name for value in values for name in ([value] if isinstance(value, str) else value)}
+                assert set(test.methods) <= known
 
 
 @pytest.mark.parametrize(
