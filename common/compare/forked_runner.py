@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from common.compare.runner import Finished, Job, LocalRunner, Runner, tail
+from common.compare.runner import Finished, Job, LocalRunner, Runner, ended
 
 _IMPORTED = ("common.cli.training",)  # with torch, lightning, peft and torchmetrics
 _THREADS = "OMP_NUM_THREADS"
@@ -30,10 +30,7 @@ class ForkedRunning:
 
     def finished(self) -> Finished | None:
         """Return how it ended; None while it runs."""
-        code = self.process.exitcode
-        if code is None:
-            return None
-        return Finished(job=self.job, code=code, seconds=time.monotonic() - self.started, tail=tail(self.job.log))
+        return ended(self.job, self.process.exitcode, self.started)
 
     def ask(self) -> None:
         """Ask it and its children to end."""

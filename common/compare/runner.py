@@ -98,10 +98,7 @@ class LocalRunning:
 
     def finished(self) -> Finished | None:
         """Return how it ended; None while it runs."""
-        code = self.process.poll()
-        if code is None:
-            return None
-        return Finished(job=self.job, code=code, seconds=time.monotonic() - self.started, tail=tail(self.job.log))
+        return ended(self.job, self.process.poll(), self.started)
 
     def ask(self) -> None:
         """Ask it and its children to end."""
@@ -125,6 +122,13 @@ class LocalRunner:
                 job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
         return LocalRunning(job=job, process=process, started=time.monotonic())
+
+
+def ended(job: Job, code: int | None, started: float) -> Finished | None:
+    """Return how a job ended that writes its log on this machine, by its exit code; None where it has none yet."""
+    if code is None:
+        return None
+    return Finished(job=job, code=code, seconds=time.monotonic() - started, tail=tail(job.log))
 
 
 def cpu_count() -> int:
@@ -162,7 +166,7 @@ def run_jobs(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     runner = runner or LocalRunner()
     waiting, running = list(jobs), dict[TaskID, Running]()
-    ended: dict[int, Finished] = {}
+    outcomes: dict[int, Finished] = {}
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     board = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with _signals_as_interrupts(), board as progress:
@@ -178,14 +182,14 @@ def run_jobs(
                     if finished is not None:
                         del running[task]
                         progress.remove_task(task)
-                        ended[id(finished.job)] = finished
+                        outcomes[id(finished.job)] = finished
                         _say(console, describe(finished))
         except KeyboardInterrupt:
             _say(console, f"stopping {len(running)} running process(es)")
             raise
         finally:
             stop(list(running.values()))
-    return [ended[id(job)] for job in jobs]
+    return [outcomes[id(job)] for job in jobs]
 
 
 def stop(running: Sequence[Running], grace: float = GRACE_SECONDS) -> None:
