@@ -125,6 +125,9 @@ def _work(line: Sequence[str], log: Path, environment: Mapping[str, str], folder
     multiprocessing.set_start_method(None, force=True)  # loaders' workers start as they do elsewhere
     sys.path.insert(0, str(folder))
     sys.argv = list(line)
+    # A study's own script imports it too, and Python imports that script here: it is to run as if nobody had.
+    for name in (line[0], f"{line[0]}.__main__"):
+        sys.modules.pop(name, None)
     runpy.run_module(line[0], run_name="__main__", alter_sys=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,31 @@ def test_a_forked_process_says_what_one_from_scratch_says(module, code, threads)
     assert (forked["own"], forked["folder"]) == ("mine", str(module))
     assert (forked["leads"], forked["threads"]) == (True, threads)
     assert forked["start"] == "fork" or sys.version_info >= (3, 14)
+
+
+STARTER = """
+import os, sys, time
+from pathlib import Path
+from tool.__main__ import main
+from common.compare.forked_runner import ForkedRunner
+from common.compare.runner import Job
+if __name__ == "__main__":
+    one = Job(title="one", command=(sys.executable, "-m", "tool"), log=Path("log.txt"))
+    going = ForkedRunner().start(one, {**os.environ, "OMP_NUM_THREADS": "1"})
+    while (ended := going.finished()) is None:
+        time.sleep(0.05)
+    sys.exit(ended.code)
+"""
+
+
+def test_a_script_that_imports_the_module_itself_leaves_no_trace_in_the_log(module):
+    (module / "tool").mkdir()
+    (module / "tool" / "__init__.py").write_text("")
+    text = "def main():\n    print('ran as', __name__)\n\nif __name__ == '__main__':\n    main()\n"
+    (module / "tool" / "__main__.py").write_text(text)
+    (module / "starter.py").write_text(STARTER)
+    subprocess.run([sys.executable, "starter.py"], check=True, timeout=120)
+    assert (module / "log.txt").read_text() == "ran as __main__\n"
 
 
 def test_what_starts_it_keeps_its_own_environment(module, monkeypatch):
