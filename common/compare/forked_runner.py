@@ -126,8 +126,7 @@ def _work(line: Sequence[str], log: Path, environment: Mapping[str, str], folder
     sys.path.insert(0, str(folder))
     sys.argv = list(line)
     # A study's own script imports it too, and Python imports that script here: it is to run as if nobody had.
-    for name in (line[0], f"{line[0]}.__main__"):
-        sys.modules.pop(name, None)
+    sys.modules.pop(f"{line[0]}.__main__", None)
     runpy.run_module(line[0], run_name="__main__", alter_sys=True)
 
 
