@@ -182,13 +182,15 @@ def test_the_pace_follows_the_recordings(cache, voice, clips):
     task.eval()
     with torch.no_grad():
         task.head.log_pace.fill_(1.0)
+        torch.manual_seed(0)  # lengths are drawn: the same ones at each look
         too_long = task.terms(batch).total.mean()
     optimizer = torch.optim.SGD([task.head.log_pace], lr=0.25)  # halves what is left of a square
-    for _ in range(6):
+    for _ in range(10):
         optimizer.zero_grad()
+        torch.manual_seed(0)
         task.parts_of(batch)["durations"].backward()
         optimizer.step()
-    assert float(task.head.log_pace.detach()) == pytest.approx(-float(too_long), abs=0.15)
+    assert float(task.head.log_pace.detach()) == pytest.approx(-float(too_long), abs=0.01)
 
 
 @pytest.mark.parametrize("peft", [FullFineTune(), LoRA(on=["conv@decoder"], rank=2)])
