@@ -39,6 +39,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("--seeds", type=int, help="seeds of the final runs (default: 3)")
     parser.add_argument("--rates", action="append", help="learning rates of all methods, or as LoRA=1e-4,1e-3 of one")
     parser.add_argument("--weight-decays", help="weight decays of all methods, each tried with each rate, as 0,0.05")
+    parser.add_argument("--budget", help="shares of the backbone's parameters that methods are sized to, as 0.3%%,1%%")
     parser.add_argument("--shots", help="amounts of training data, as 1,5,10,50%%,all")
     parser.add_argument("--set", action="append", metavar="OPTION=VALUE", help="option of graft fit, for all runs")
     parser.add_argument("--out", type=Path, help="folder for runs, table and report (default: the study's own)")
@@ -103,7 +104,7 @@ def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
 
     how = Options(runner=args.runner, parquet=args.parquet)
     if args.methods is None:
-        options = ("seeds", "rates", "weight_decays", "shots", "set")
+        options = ("seeds", "rates", "weight_decays", "budget", "shots", "set")
         given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
         if given:
             raise GraftError(f"{', '.join(given)} without --methods. A study file says these itself.")
@@ -139,7 +140,26 @@ def _request(args: argparse.Namespace) -> Any:  # noqa: ANN401 (importing its ty
         overrides=overrides,
         out=args.out or Path("runs") / "compare",
         weight_decays=parse_decays(args.weight_decays) if args.weight_decays else (),
+        budgets=_budgets(args.budget, methods) if args.budget is not None else {},
     )
+
+
+def _budgets(text: str, methods: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Give the budgets to the methods that have a size; the others run as they are, for comparison."""
+    from rich.console import Console
+
+    from common.compare.budget import parse_budgets
+    from common.methods import METHODS
+
+    shares = parse_budgets(text)
+    sized = [name for name in methods if METHODS[name].sized_by]
+    if not sized:
+        known = ", ".join(name for name, spec in METHODS.items() if spec.sized_by)
+        raise GraftError(f"--budget {text}: none of {', '.join(methods)} has a size. Give one that has: {known}.")
+    if len(sized) < len(methods):
+        left = ", ".join(name for name in methods if name not in sized)
+        Console(highlight=False).print(f"{left}: without a size, so trained as it is beside the others.")
+    return dict.fromkeys(sized, shares)
 
 
 def _shots_of(name: str, domains: Mapping[str, Domain]) -> Any:  # noqa: ANN401

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common._yaml import load_yaml
+from common.compare.budget import at_budgets
 from common.compare.rates import rates_of, takers_of
 from common.compare.study import Method, Study, label_recipes
 from common.errors import GraftError
@@ -46,6 +47,7 @@ class Request:
         overrides: Further options of `graft fit`, for all runs.
         out: The folder of runs, tables and the report.
         weight_decays: Weight decays of all methods, each tried with each rate; none for the recipes' own.
+        budgets: Shares of the backbone's parameters, by method, at each of which the method is compared.
     """
 
     recipes: Sequence[str]
@@ -56,6 +58,7 @@ class Request:
     overrides: Mapping[str, Any]
     out: Path
     weight_decays: tuple[float, ...] = ()
+    budgets: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
 
 def expand(request: Request, shots_of: Callable[[str], Shots]) -> list[Study]:
@@ -148,8 +151,9 @@ def _study(
     options: Mapping[str, Any],
 ) -> Study:
     overrides = {**request.overrides, **options}
-    methods = [
-        Method(
+    methods: list[Method] = []
+    for name in request.methods:
+        method = Method(
             name=name,
             peft=_peft(content, name),
             lrs=rates[name],
@@ -157,8 +161,7 @@ def _study(
             overrides=overrides,
             weight_decays=request.weight_decays,
         )
-        for name in request.methods
-    ]
+        methods += at_budgets(method, request.budgets.get(name, ()))
     return Study(
         title=f"{', '.join(request.methods)}",
         question="How do the methods compare, and what does each cost?",

@@ -8,6 +8,9 @@
 
 A method may say `weight_decay: [0, 0.05]` beside its `lr`: each decay is tried with each rate, and a pair is chosen.
 
+`budget: [0.003, 0.01]` makes of each method one for each share of the backbone's parameters, sized to meet it; a method
+that says `budget: []` is as its `peft` says.
+
 `prepare` names adapters to train before the trials, from which methods start; see `prepared`.
 
 One report on sets that differ in more than the recipe has parts. A part says of these keys what is its own; what it
@@ -24,7 +27,6 @@ does not say it has from the file, and its overrides add to the file's:
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,15 +34,17 @@ from pathlib import Path
 from typing import Any, cast
 
 from common._yaml import load_yaml
+from common.compare._numbers import as_list, read_budgets, read_decays, read_integers, read_rates, show
+from common.compare.budget import at_budgets
 from common.compare.prepared import FOLDER, PREFIX, Preparation, option_words, references
 from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipes
 from common.errors import GraftError, suggest
 
 _PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
-_PART_KEYS += ("tune_seed", "seed_options", "metric")
+_PART_KEYS += ("tune_seed", "seed_options", "metric", "budget")
 _STUDY_KEYS = (*_PART_KEYS, "out", "runs", "prepare", "parts")
 _PREPARE_KEYS = ("recipe", "peft", "lr", "overrides", "seed")
-_METHOD_KEYS = ("peft", "lr", "lr_options", "weight_decay", "overrides")
+_METHOD_KEYS = ("peft", "lr", "lr_options", "weight_decay", "overrides", "budget")
 _PEFT_KEYS = ("class_path", "init_args")
 # What the study decides itself, so that an override can never contradict the folder's name.
 _RESERVED = ("config", "run", "resume", "peft", "seed_everything")
@@ -66,9 +70,9 @@ def load_studies(path: Path, out: Path | None = None) -> list[Study]:
     title, question = _text(top, "title", problems), _text(top, "question", problems)
     folder, shared_runs = top.get("out", Path("runs", path.stem).as_posix()), top.get("runs")
     if not isinstance(folder, str) or not folder:
-        problems.append(f"out is {_show(folder)}: give a folder")
+        problems.append(f"out is {show(folder)}: give a folder")
     if "runs" in top and (not isinstance(shared_runs, str) or not shared_runs):
-        problems.append(f"runs is {_show(shared_runs)}: give a folder")
+        problems.append(f"runs is {show(shared_runs)}: give a folder")
     target = out if out is not None else Path(str(folder))
     # With another --out everything goes there, the runs too.
     runs = Path(shared_runs) if isinstance(shared_runs, str) and out is None else target
@@ -81,7 +85,7 @@ def load_studies(path: Path, out: Path | None = None) -> list[Study]:
         problems += [f"{where}{problem}" for problem in found]
     labels = [label for study in studies for label in study.labels.values()] + [FOLDER] * bool(preparations)
     if len(set(labels)) < len(labels):
-        problems.append(f"recipes share the folder names {_show(sorted(labels))}: rename a recipe or a part")
+        problems.append(f"recipes share the folder names {show(sorted(labels))}: rename a recipe or a part")
     if problems:
         raise GraftError(f"Study '{path}' cannot be used:" + "".join(f"\n- {problem}." for problem in problems))
     return studies
@@ -93,7 +97,7 @@ def _parts(top: dict[str, Any], problems: list[str]) -> list[tuple[Part | None, 
         return [(None, top, "")]
     blocks = _mapping(top["parts"])
     if not blocks:
-        problems.append(f"parts is {_show(top['parts'])}: give a mapping from a name to what is that part's own")
+        problems.append(f"parts is {show(top['parts'])}: give a mapping from a name to what is that part's own")
         return []
     shared = {key: value for key, value in top.items() if key in _PART_KEYS and key not in ("title", "question")}
     parts: list[tuple[Part | None, dict[str, Any], str]] = []
@@ -123,14 +127,15 @@ def _contents(
     shared = _overrides(fields.get("overrides"), "overrides", problems)
     if references(shared):
         problems.append(f"overrides has ${{{references(shared)[0]}}}: give it to the methods that start from it")
-    methods = _methods(fields.get("methods"), shared, preparations, problems)
-    seeds = _integers(fields.get("seeds", [0]), "seeds", problems)
-    tune_seed = _integers(fields.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
+    budgets = read_budgets(fields.get("budget", []), "budget", problems)
+    methods = _methods(fields.get("methods"), shared, budgets, preparations, problems)
+    seeds = read_integers(fields.get("seeds", [0]), "seeds", problems)
+    tune_seed = read_integers(fields.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
     if len(tune_seed) > 1:
-        problems.append(f"tune_seed is {_show(list(tune_seed))}: give one whole number")
+        problems.append(f"tune_seed is {show(list(tune_seed))}: give one whole number")
     metric = fields.get("metric", "")
     if not isinstance(metric, str):
-        problems.append(f"metric is {_show(metric)}: give the name of one metric")
+        problems.append(f"metric is {show(metric)}: give the name of one metric")
     return {
         "metric": metric,
         "recipes": recipes,
@@ -149,7 +154,7 @@ def _preparations(value: object, folder: Path, problems: list[str]) -> dict[str,
     """Read what is trained before the trials."""
     blocks = _mapping(value)
     if not blocks:
-        problems.append(f"prepare is {_show(value)}: give a mapping from a name to its recipe, peft, lr and seed")
+        problems.append(f"prepare is {show(value)}: give a mapping from a name to its recipe, peft, lr and seed")
         return {}
     found: dict[str, Preparation] = {}
     for name, block in blocks.items():
@@ -159,10 +164,10 @@ def _preparations(value: object, folder: Path, problems: list[str]) -> dict[str,
         recipe = str(fields.get("recipe"))
         content = _mapping(load_yaml(Path(recipe))) if Path(recipe).is_file() else None
         if content is None:
-            problems.append(f"recipe of {where} is {_show(fields.get('recipe'))}: give the path of a recipe")
+            problems.append(f"recipe of {where} is {show(fields.get('recipe'))}: give the path of a recipe")
         peft = _peft(fields["peft"], where, problems) if "peft" in fields else {}
-        rates = _rates(fields["lr"], where, problems) if "lr" in fields else ()
-        seeds = _integers(fields.get("seed", 0), f"seed of {where}", problems)
+        rates = read_rates(fields["lr"], where, problems) if "lr" in fields else ()
+        seeds = read_integers(fields.get("seed", 0), f"seed of {where}", problems)
         if len(rates) > 1 or len(seeds) > 1:
             problems.append(f"{where} has several values of lr or seed: it is trained once, so give one")
         overrides = _overrides(fields.get("overrides"), f"overrides of {where}", problems)
@@ -201,24 +206,15 @@ def _starts(
     return tuple(dict.fromkeys(names))
 
 
-def _show(value: object) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)
-
-
 def _mapping(value: object) -> dict[Any, Any] | None:
     return cast(dict[Any, Any], value) if isinstance(value, dict) else None
-
-
-def _list(value: object) -> list[Any]:
-    """Read a list, or one value as a list of its own."""
-    return cast(list[Any], value) if isinstance(value, list) else [value]
 
 
 def _fields(value: object, where: str, allowed: Sequence[str], problems: list[str]) -> dict[str, Any]:
     """Read a mapping whose keys are known; note every key that is not."""
     fields = _mapping(value)
     if fields is None:
-        problems.append(f"{where} is {_show(value)}: give a mapping with {', '.join(allowed)}")
+        problems.append(f"{where} is {show(value)}: give a mapping with {', '.join(allowed)}")
         return {}
     for key in fields:
         if key not in allowed:
@@ -229,7 +225,7 @@ def _fields(value: object, where: str, allowed: Sequence[str], problems: list[st
 def _text(top: Mapping[str, Any], key: str, problems: list[str], where: str = "") -> str:
     value = top.get(key)
     if not isinstance(value, str) or not value.strip():
-        problems.append(f"{key}{where and f' of {where}'} is {_show(value)}: give a line of text")
+        problems.append(f"{key}{where and f' of {where}'} is {show(value)}: give a line of text")
         return ""
     return " ".join(value.split())
 
@@ -238,9 +234,9 @@ def _recipes(top: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
     if ("recipe" in top) == ("recipes" in top):
         problems.append("give either recipe (one path) or recipes (a list of paths)")
         return ()
-    recipes = _list(top["recipe"] if "recipe" in top else top["recipes"])
+    recipes = as_list(top["recipe"] if "recipe" in top else top["recipes"])
     if not recipes or not all(isinstance(recipe, str) for recipe in recipes):
-        problems.append(f"recipes is {_show(recipes)}: give paths of recipes")
+        problems.append(f"recipes is {show(recipes)}: give paths of recipes")
         return ()
     problems.extend(f"recipe '{recipe}' is listed twice" for recipe, n in Counter(recipes).items() if n > 1)
     problems.extend(
@@ -252,11 +248,15 @@ def _recipes(top: Mapping[str, Any], problems: list[str]) -> tuple[str, ...]:
 
 
 def _methods(
-    value: object, shared: Mapping[str, Any], preparations: Mapping[str, Preparation], problems: list[str]
+    value: object,
+    shared: Mapping[str, Any],
+    budgets: Sequence[float],
+    preparations: Mapping[str, Preparation],
+    problems: list[str],
 ) -> tuple[Method, ...]:
     blocks = _mapping(value)
     if not blocks:
-        problems.append(f"methods is {_show(value)}: give a mapping from a name to its peft block and lr")
+        problems.append(f"methods is {show(value)}: give a mapping from a name to its peft block and lr")
         return ()
     methods: list[Method] = []
     for name, block in blocks.items():
@@ -268,24 +268,24 @@ def _methods(
         peft = _peft(fields.get("peft"), where, problems)
         given = _overrides(fields.get("overrides"), f"overrides of {where}", problems)
         overrides = {**shared, **given}
-        takers = _list(fields.get("lr_options", _LR_OPTION))
+        takers = as_list(fields.get("lr_options", _LR_OPTION))
         if not takers or not _are_options(takers):
-            problems.append(f"lr_options of {where} is {_show(takers)}: give options without dashes, as {_LR_OPTION}")
+            problems.append(f"lr_options of {where} is {show(takers)}: give options without dashes, as {_LR_OPTION}")
         problems.extend(f"overrides of {where} set '{key}', which takes lr" for key in takers if str(key) in overrides)
-        decays = _decays(fields["weight_decay"], where, problems) if "weight_decay" in fields else ()
+        decays = read_decays(fields["weight_decay"], where, problems) if "weight_decay" in fields else ()
         if decays and DECAY_OPTION in (*overrides, *takers):
             problems.append(f"{where} gives weight_decay and sets '{DECAY_OPTION}' too")
-        methods.append(
-            Method(
-                name=str(name),
-                peft=peft,
-                lrs=_rates(fields.get("lr"), where, problems),
-                lr_options=tuple(map(str, takers)),
-                overrides=overrides,
-                weight_decays=decays,
-                starts=_starts([peft, given], where, preparations, problems),
-            )
+        method = Method(
+            name=str(name),
+            peft=peft,
+            lrs=read_rates(fields.get("lr"), where, problems),
+            lr_options=tuple(map(str, takers)),
+            overrides=overrides,
+            weight_decays=decays,
+            starts=_starts([peft, given], where, preparations, problems),
         )
+        own = read_budgets(fields["budget"], f"budget of {where}", problems) if "budget" in fields else budgets
+        methods += at_budgets(method, own)
     return tuple(methods)
 
 
@@ -295,7 +295,7 @@ def _peft(value: object, where: str, problems: list[str]) -> dict[str, Any]:
     if peft and not isinstance(peft.get("class_path"), str):
         problems.append(f"peft of {where} has no class_path: name a method, as in 'class_path: LoRA'")
     if _mapping(peft.get("init_args", {})) is None:
-        problems.append(f"init_args of {where} is {_show(peft['init_args'])}: give a mapping")
+        problems.append(f"init_args of {where} is {show(peft['init_args'])}: give a mapping")
     return peft
 
 
@@ -310,9 +310,9 @@ def _check_name(name: object, where: str, problems: list[str]) -> None:
 
 
 def _baselines(value: object, methods: Sequence[Method], problems: list[str]) -> tuple[str, ...]:
-    names = _list(value)
+    names = as_list(value)
     if not all(isinstance(name, str) for name in names):
-        problems.append(f"baselines is {_show(names)}: give names, as graft list baselines prints them")
+        problems.append(f"baselines is {show(names)}: give names, as graft list baselines prints them")
         return ()
     for name, count in Counter(names).items():
         _check_name(name, f"baseline '{name}'", problems)
@@ -328,9 +328,9 @@ def _are_options(keys: Sequence[object]) -> bool:
 
 
 def _seed_options(value: object, methods: Sequence[Method], problems: list[str]) -> tuple[str, ...]:
-    keys = _list(value)
+    keys = as_list(value)
     if not _are_options(keys):
-        problems.append(f"seed_options is {_show(keys)}: give options of graft fit without dashes, as data.draw")
+        problems.append(f"seed_options is {show(keys)}: give options of graft fit without dashes, as data.draw")
         return ()
     for key, count in Counter(map(str, keys)).items():
         if count > 1:
@@ -345,54 +345,16 @@ def _seed_options(value: object, methods: Sequence[Method], problems: list[str])
     return tuple(map(str, keys))
 
 
-def _numbers(values: Sequence[object]) -> list[float] | None:
-    """Read finite numbers; None where there is none, or one is something else."""
-    good = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
-    return good if good and len(good) == len(values) else None
-
-
-def _decays(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
-    good = _numbers(_list(value))
-    if good is None or min(good) < 0:
-        problems.append(
-            f"weight_decay of {where} is {_show(value)}: give one or more numbers, 0 or above, as in [0, 0.05]"
-        )
-        return ()
-    if len(set(good)) < len(good):
-        problems.append(f"weight_decay of {where} is {_show(value)}: give each weight decay once")
-    return tuple(good)
-
-
-def _rates(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
-    good = _numbers(_list(value))
-    if good is None or min(good) <= 0:
-        problems.append(f"lr of {where} is {_show(value)}: give one or more numbers above 0, as in [1.0e-3]")
-        return ()
-    if len(set(good)) < len(good):
-        problems.append(f"lr of {where} is {_show(value)}: give each learning rate once")
-    return tuple(good)
-
-
 def _overrides(value: object, where: str, problems: list[str]) -> dict[str, Any]:
     if value is None:
         return {}
     options = _mapping(value)
     if options is None:
-        problems.append(f"{where} is {_show(value)}: give a mapping from an option of graft fit to its value")
+        problems.append(f"{where} is {show(value)}: give a mapping from an option of graft fit to its value")
         return {}
     for key in options:
         if not isinstance(key, str) or key.startswith("-"):
-            problems.append(f"{where} has the key {_show(key)}: write options without dashes, as trainer.max_epochs")
+            problems.append(f"{where} has the key {show(key)}: write options without dashes, as trainer.max_epochs")
         elif key in _RESERVED or key.startswith("peft."):
             problems.append(f"{where} sets '{key}', which the study sets itself: use recipe, methods, lr and seeds")
     return options
-
-
-def _integers(value: object, where: str, problems: list[str]) -> tuple[int, ...]:
-    numbers = _list(value)
-    if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        problems.append(f"{where} is {_show(value)}: give whole numbers, 0 or more")
-        return ()
-    if len(set(numbers)) < len(numbers):
-        problems.append(f"{where} is {_show(value)}: give each number once")
-    return tuple(numbers)

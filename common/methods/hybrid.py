@@ -286,15 +286,16 @@ def _keep(config: Any, held: Sequence[str]) -> None:  # noqa: ANN401  (PeftConfi
 class AtBudget(Composed):
     """One method with its size chosen to meet a budget of trainable parameters.
 
-    The setting that sizes the method (LoRA's rank, a bottleneck's width) takes the value whose number of trainable
-    parameters in the backbone is nearest to `share` of the backbone's; where two are equally near, the smaller one.
+    The setting that sizes the method (LoRA's rank, a bottleneck's width, a mask's density) takes the value whose number
+    of trainable parameters in the backbone is nearest to `share` of the backbone's; where two are equally near, the
+    smaller one.
     Methods can so be compared at equal size, as arXiv 2403.14608 asks. The chosen value and its share stand in the
     notes of the run.
 
     Args:
         method: The method, with `class_path` and `init_args` as in a recipe's `peft:` block.
         share: Wanted share of the backbone's parameters, in (0, 1).
-        most: Largest value to try.
+        most: Largest value to try, of settings that count something.
         tolerance: How far the nearest count may lie from the wanted one, as a share of it; farther off is refused, for
             methods would be called equal that are not.
     """
@@ -304,7 +305,7 @@ class AtBudget(Composed):
 
     method: MethodSpec | None = None
     share: float = 0.003
-    most: int = 512
+    most: int = 16384
     tolerance: float = 0.5
 
     def __post_init__(self) -> None:
@@ -325,7 +326,7 @@ class AtBudget(Composed):
         total = sum(parameter.numel() for parameter in model.parameters())
         size, count = self._nearest(model, roles, self.share * total)
         found = (
-            f"{type(self.method).__name__} of {self.method.sized_by} {size} has {count:,} trainable parameters, "
+            f"{type(self.method).__name__} of {self.method.sized_by} {size:g} has {count:,} trainable parameters, "
             f"{count / total:.3%} of the backbone's ({self.share:.3%} wanted)"
         )
         if abs(count / total - self.share) > self.tolerance * self.share:
@@ -341,7 +342,7 @@ class AtBudget(Composed):
             raise GraftError("AtBudget has no method. Give one with class_path and init_args.")
         return self.method
 
-    def _sized(self, size: int) -> MethodSpec:
+    def _sized(self, size: float) -> MethodSpec:
         return dataclasses.replace(self._held(), **{self._held().sized_by: size})
 
     @property
@@ -374,25 +375,36 @@ class AtBudget(Composed):
         """Let the method act."""
         self._held().after_step(model, memory, step, steps)
 
-    def _nearest(self, model: nn.Module, roles: RoleMap | None, wanted: float) -> tuple[int, int]:
-        """Search the sizes by halving; the count grows with the size, or stays where a layer takes no more.
+    def _nearest(self, model: nn.Module, roles: RoleMap | None, wanted: float) -> tuple[float, int]:
+        """Find the size of the nearest count, and that count.
 
-        A size that the method refuses is too large.
+        A share of the weights follows from what all of them count. Other sizes are doubled up to the wanted count, so
+        that none far above it is built, then searched by halving: the count grows with the size, or stays where a layer
+        takes no more. A size that the method refuses is too large.
         """
-        low, high = 1, self.most + 1
+        if isinstance(getattr(self._held(), self._held().sized_by), float):
+            share = min(1.0, wanted / self._count(model, roles, 1.0))
+            return share, self._count(model, roles, share)
+        low, high = 1, 2
         counts = {low: self._count(model, roles, low)}
+
+        def fits(size: int) -> bool:
+            try:
+                counts[size] = self._count(model, roles, size)
+            except GraftError:
+                return False
+            return counts[size] <= wanted
+
+        while high <= self.most and counts[low] <= wanted and fits(high):
+            low, high = high, 2 * high
+        high = min(high, self.most + 1)
         while high - low > 1:
             middle = (low + high) // 2
-            try:
-                counts[middle] = self._count(model, roles, middle)
-            except GraftError:
-                high = middle
-                continue
-            low, high = (middle, high) if counts[middle] <= wanted else (low, middle)
+            low, high = (middle, high) if fits(middle) else (low, middle)
         size = min(counts, key=lambda size: (abs(counts[size] - wanted), size))
         return size, counts[size]
 
-    def _count(self, model: nn.Module, roles: RoleMap | None, size: int) -> int:
+    def _count(self, model: nn.Module, roles: RoleMap | None, size: float) -> int:
         """Count the trainable parameters of one size, on a copy."""
         import torch
         from peft import get_peft_model

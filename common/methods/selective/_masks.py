@@ -60,6 +60,7 @@ class FishMask(_Mask):
     taxonomy: ClassVar[str] = "selective"
     summary: ClassVar[str] = "train the weights of largest Fisher information"
     source: ClassVar[str] = "arXiv 2111.09839"
+    sized_by: ClassVar[str] = "density"
 
     density: float = 0.005
     batches: int = 8
@@ -110,6 +111,7 @@ class GPS(_Mask):
     taxonomy: ClassVar[str] = "selective"
     summary: ClassVar[str] = "train each neuron's weights of largest gradient"
     source: ClassVar[str] = "arXiv 2312.10136"
+    sized_by: ClassVar[str] = "per_neuron"
 
     per_neuron: int = 1
     batches: int = 8
@@ -152,6 +154,7 @@ class SHiRA(_Mask):
     taxonomy: ClassVar[str] = "selective"
     summary: ClassVar[str] = "train few weights, of a change of any rank"
     source: ClassVar[str] = "arXiv 2406.13175"
+    sized_by: ClassVar[str] = "rank"
 
     rank: int = 32
     mask: Literal["random", "magnitude", "gradient", "snip"] = "random"
@@ -195,6 +198,7 @@ class MagnitudeMask(_Mask):
     taxonomy: ClassVar[str] = "selective"
     summary: ClassVar[str] = "train the smallest weights"
     source: ClassVar[str] = "arXiv 2305.16742"
+    sized_by: ClassVar[str] = "density"
 
     density: float = 0.005
     which: Literal["smallest", "largest"] = "smallest"

@@ -51,6 +51,13 @@ def test_options_become_studies(started):
     assert second.overrides["data.shots"] is None
 
 
+def test_methods_with_a_size_meet_the_budget_and_the_others_run_as_they_are(started, capsys):
+    assert run("compare a.yaml --methods LoRA,FishMask,FullFineTune --rates 1e-3 --budget 0.3%".split(), DOMAINS) == 0
+    (study,) = started
+    assert [method.name for method in study.methods] == ["LoRA-0.3percent", "FishMask-0.3percent", "FullFineTune"]
+    assert "FullFineTune: without a size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("Toys", Shots(counts="shots", whole=True)), ("Slices", Shots(counts="labelled")), ("fewer.Whole", Shots())],
@@ -65,6 +72,9 @@ def test_the_datas_own_option_is_found_in_its_class_or_its_bases(started, name, 
         ("a.yaml b.yaml", "Several files without --methods"),
         ("a.yaml --seeds 2 --shots 1", "--seeds, --shots without --methods"),
         ("a.yaml --weight-decays 0", "--weight-decays without --methods"),
+        ("a.yaml --budget 1%", "--budget without --methods"),
+        ("a.yaml --methods LoRA --budget 0.01", "--budget 0.01 is not understood"),
+        ("a.yaml --methods BitFit,NormTuning --budget 1%", "none of BitFit, NormTuning has a size. Give one that has"),
         ("a.yaml --methods Lora", "Unknown method 'Lora'. Did you mean 'LoRA'?"),
         ("a.yaml --methods LoRA,LoRA", "names a method twice or none"),
         ("a.yaml --methods LoRA --set epochs", "--set epochs is not understood"),

@@ -87,6 +87,16 @@ def test_shots_multiply_the_studies_through_the_datas_own_options(request_of):
     assert len(folders) == 6 * 2 * 2 * 2
 
 
+def test_a_budget_sizes_the_methods_that_it_names(request_of):
+    study, _ = expand(replace(request_of, budgets={"LoRA": (0.003, 0.01)}), lambda _: BOTH)
+    assert [method.name for method in study.methods] == ["LoRA-0.3percent", "LoRA-1percent", "FullFineTune"]
+    assert json.loads(options(study.tuning()[0])["peft"]) == {
+        "class_path": "AtBudget",
+        "init_args": {"method": {"class_path": "LoRA", "init_args": {"on": ["all"], "rank": 2}}, "share": 0.003},
+    }
+    assert study.methods[1].lrs == (1e-3, 3e-4)
+
+
 def test_a_share_takes_the_place_of_the_recipes_own_shots(request_of):
     Path("one.yaml").write_text(RECIPE.replace("OpenClipart}", "OpenClipart, init_args: {shots: 200}}"))
     study = expand(replace(request_of, recipes=["one.yaml"], shots=["10%"]), lambda _: BOTH)[0]

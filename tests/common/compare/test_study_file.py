@@ -224,3 +224,29 @@ def test_shipped_studies_are_whole(path, monkeypatch):
     studies = load_studies(path)
     assert all(len(study.methods) > 1 for study in studies)
     assert f"graft compare {path.relative_to(REPO).as_posix()}" in path.read_text()
+
+
+def test_a_budget_is_of_every_method_that_does_not_say_otherwise(world):
+    text = PARTS.replace(
+        "overrides: {trainer.max_epochs: 4", "budget: [0.003, 0.01]\noverrides: {trainer.max_epochs: 4"
+    )
+    text = text.replace("lr: [5e-5]}", "lr: [5e-5], budget: []}").replace(
+        "    seeds: [2]", "    budget: 0.02\n    seeds: [2]"
+    )
+    world.write(text)
+    easy, hard = load_studies(Path("study.yaml"))
+    assert [method.name for method in easy.methods] == ["LoRA-0.3percent", "LoRA-1percent", "FullFineTune"]
+    assert [method.peft["init_args"]["share"] for method in easy.methods[:2]] == [0.003, 0.01]
+    assert easy.methods[2].peft == {"class_path": "FullFineTune"}
+    assert [method.name for method in hard.methods] == ["LoRA-2percent"]
+    assert hard.methods[0].lrs == (1e-3, 3e-3)
+
+
+@pytest.mark.parametrize("budget", ["0", "1", "[0.1, 0.1]", "some", "[[0.1]]", "null", "true"])
+def test_a_budget_that_is_no_share_is_named(world, budget):
+    world.write(PARTS.replace("seeds: [0, 1]", f"seeds: [0, 1]\nbudget: {budget}", 1))
+    with pytest.raises(GraftError, match=r"budget is .*: give different shares of the backbone's parameters"):
+        load_studies(Path("study.yaml"))
+    world.write(PARTS.replace("lr: [5e-5]}", f"lr: [5e-5], budget: {budget}}}"))
+    with pytest.raises(GraftError, match="budget of method 'FullFineTune' is"):
+        load_studies(Path("study.yaml"))

@@ -188,8 +188,40 @@ def test_the_size_nearest_to_the_budget_is_taken(method, share):
     assert f"{got:,} trainable parameters" in result.plan.notes[0]
 
 
-@pytest.mark.parametrize("method", [name for name, spec in METHODS.items() if spec.sized_by])
-def test_every_sized_method_meets_a_budget(method):
+SIZED = [name for name, spec in METHODS.items() if spec.sized_by]
+DENSE = [name for name in SIZED if METHODS[name].sized_by == "density"]
+
+
+@pytest.mark.parametrize("method", DENSE)
+@pytest.mark.parametrize("share", [0.003, 0.02, 0.9])
+def test_a_mask_takes_the_density_of_the_budget(method, share):
+    vit = images.build("test_vit", 32, pretrained=False)
+    total = sum(p.numel() for p in vit.model.parameters())
+    spec = METHODS[method](on=["attention", "ffn"])
+    everything = number(attach(vit.model, dataclasses.replace(spec, density=1.0), vit.family))
+    wanted = min(share * total, everything)  # the embeddings are not among the roles
+    vit = images.build("test_vit", 32, pretrained=False)
+    result = attach(vit.model, AtBudget(method=spec, share=share), vit.family)
+    assert number(result) == pytest.approx(wanted, abs=len(result.plan.targets))  # each layer's share is rounded
+    assert f"density {wanted / everything:.3g}"[:12] in result.plan.notes[0]
+
+
+def test_no_size_far_above_the_budget_is_built(monkeypatch):
+    built = []
+
+    def counted(self, model, roles, size, own=AtBudget._count):
+        built.append(size)
+        return own(self, model, roles, size)
+
+    monkeypatch.setattr(AtBudget, "_count", counted)
+    result = attached(AtBudget(method=LoRA(on=["all"]), share=0.3, tolerance=9))
+    size = int(re.search(r"rank (\d+) has", result.plan.notes[0])[1])
+    assert max(built) <= 2 * size + 2
+    assert len(set(built)) == len(built)
+
+
+@pytest.mark.parametrize("method", [name for name in SIZED if name not in DENSE])
+def test_every_counted_size_meets_a_budget(method):
     """Between the sizes below and above, within one step of the wanted share."""
     spec = METHODS[method]()
     vit = images.build("test_vit", 32, pretrained=False)
