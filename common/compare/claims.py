@@ -143,15 +143,22 @@ def _scale(value: object, shared: object, where: str) -> Scale:
     if fields.get("recipes") and not fields.get("methods"):
         raise GraftError(f"{where} has recipes without methods. Name the methods to compare on them.")
     rates = fields.get("rates") or {}
+    studies = _names(fields.get("studies"), where)
+    asked = tuple(read_test(test, where) for test in tests) if isinstance(tests, list) else ()
+    for study in studies:
+        if not any(test.looks_into(Path(study).stem) for test in asked):
+            raise GraftError(
+                f"{where}: no test looks into the study '{study}'. Name it in a test's `on`, or leave it out."
+            )
     return Scale(
-        studies=_names(fields.get("studies"), where),
+        studies=studies,
         recipes=_names(fields.get("recipes"), where),
         methods=_names(fields.get("methods"), where),
         rates={str(name): tuple(map(float, own)) for name, own in dict(rates).items()},
         overrides=dict(fields.get("set") or {}),
         needs=_names(fields.get("needs"), where),
         differs=_text(fields.get("differs", "")),
-        tests=tuple(read_test(test, where) for test in tests) if isinstance(tests, list) else (),
+        tests=asked,
         not_runnable=_text(fields.get("not_runnable", "")),
     )
 

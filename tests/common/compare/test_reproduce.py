@@ -159,6 +159,15 @@ def test_one_wrong_thing_in_a_card_is_named(tmp_path, old, new, words):
     assert words in str(error.value)
 
 
+def test_a_study_that_no_test_looks_into_is_named(tmp_path):
+    card = CARD.replace("reference: FullFineTune}", "reference: FullFineTune, on: [study]}", 1)
+    (tmp_path / "ahead.yaml").write_text(card)
+    assert load_card(tmp_path / "ahead.yaml").scales["embedded"].studies == ("study.yaml",)
+    (tmp_path / "ahead.yaml").write_text(card.replace("[study.yaml]", "[study.yaml, more.yaml]"))
+    with pytest.raises(GraftError, match=r"no test looks into the study 'more\.yaml'"):
+        load_card(tmp_path / "ahead.yaml")
+
+
 def test_an_unknown_card_is_named(tmp_path):
     (tmp_path / "ahead.yaml").write_text(CARD)
     with pytest.raises(GraftError, match=r"Unknown card 'ahed'\. Did you mean 'ahead'"):
