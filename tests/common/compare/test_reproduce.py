@@ -212,7 +212,8 @@ def test_studies_of_claims_share_runs_with_the_studies_that_they_extend(path, mo
     assert f"graft compare {path.relative_to(REPO).as_posix()}" in path.read_text()
     if own.runs == own.out:
         return
-    base = load_studies(REPO / "configs" / "studies" / f"{own.runs.name}.yaml")[0]
+    folders = (path.parent, REPO / "configs" / "studies")
+    base = load_studies(next(file for one in folders if (file := one / f"{own.runs.name}.yaml").is_file()))[0]
     assert base.runs == own.runs
     theirs = {trial.folder: trial.options for trial in base.possible()}
     shared = [trial for trial in own.possible() if trial.folder in theirs]

@@ -104,7 +104,7 @@ def test_an_adapter_is_trained_exported_and_built_on_by_the_study_itself(here):
 def test_the_shipped_study_prepares_on_training_peptides_alone(monkeypatch):
     """Its first step sees the same split as its second, and the same backbone."""
     monkeypatch.chdir(ROOT)
-    (study,) = load_studies(Path("configs/claims/studies/amp_two_steps.yaml"))
+    (study,) = load_studies(Path("configs/claims/studies/amp_short_two_steps.yaml"))
     (one,) = study.needed()
     recipe = load_yaml(Path(one.recipe))
     assert recipe["data"]["class_path"] == "UnlabelledPeptides"
