@@ -100,15 +100,7 @@ def fit(
             it cannot be written.
     """
     folder = Path(run)
-    last = folder / LAST
-    if not resume and holds_run(folder):
-        raise GraftError(
-            f"{folder} already holds a run. Add --resume to go on with it, or choose another --run folder."
-        )
-    if (folder / METRICS).exists():
-        read_trained(folder)
-    make_folder(folder)
-    start = last if resume and last.exists() else None
+    start = _begin(folder, resume)
     begun = read_checkpoint(start)["global_step"] if start else -1  # a damaged file is refused before anything is built
     if config is not None and start is None:
         write_config(folder, config)
@@ -131,6 +123,18 @@ def fit(
     record["val"] = metrics_of(trainer, "val")
     write_json(folder / METRICS, record)
     return record
+
+
+def _begin(folder: Path, resume: bool) -> Path | None:
+    """Make a run's folder, or refuse one that is another's; return the checkpoint to go on from, if any."""
+    if not resume and holds_run(folder):
+        raise GraftError(
+            f"{folder} already holds a run. Add --resume to go on with it, or choose another --run folder."
+        )
+    if (folder / METRICS).exists():
+        read_trained(folder)
+    make_folder(folder)
+    return folder / LAST if resume and (folder / LAST).exists() else None
 
 
 def baseline(

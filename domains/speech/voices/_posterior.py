@@ -166,16 +166,7 @@ def distil(
     for _ in track(range(steps), "distilling a posterior encoder", console=console, transient=True, disable=quiet):
         chosen = torch.multinomial(weights, batch, replacement=True, generator=generator).tolist()
         crops = [_crop(spectra[place], pairs[place], voice.hop, generator) for place in chosen]
-        spectrum, latents, audio = (torch.stack(part) for part in zip(*crops, strict=True))
-        low, high = _GAIN
-        gain = low + (high - low) * torch.rand(batch, 1, 1, generator=generator)
-        mean, log_scale = posterior(spectrum * gain, spectrum.new_ones(batch, 1, CROP))
-        inside = slice(8, -8)  # a crop's ends lack their neighbours
-        loss = gaussian_loss(latents[..., inside], mean[..., inside], log_scale[..., inside])
-        if sound:
-            few = slice(max(1, batch // 4))
-            drawn = mean[few] + torch.randn(mean[few].shape, generator=generator) * log_scale[few].exp()
-            loss = loss + sound * _sound_loss(voice, drawn, audio[few])
+        loss = _reading_loss(voice, posterior, crops, sound, generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(posterior.parameters(), 5.0)
@@ -184,6 +175,23 @@ def distil(
     for parameter in trained:
         parameter.requires_grad_(True)
     return posterior.eval().requires_grad_(False)
+
+
+def _reading_loss(
+    voice: Voice, posterior: Posterior, crops: Sequence[tuple[Tensor, ...]], sound: float, generator: torch.Generator
+) -> Tensor:
+    """Compare what a posterior encoder reads in crops with what they were said with, at loudnesses that are drawn."""
+    spectrum, latents, audio = (torch.stack(part) for part in zip(*crops, strict=True))
+    low, high = _GAIN
+    gain = low + (high - low) * torch.rand(len(crops), 1, 1, generator=generator)
+    mean, log_scale = posterior(spectrum * gain, spectrum.new_ones(len(crops), 1, CROP))
+    inside = slice(8, -8)  # a crop's ends lack their neighbours
+    loss = gaussian_loss(latents[..., inside], mean[..., inside], log_scale[..., inside])
+    if sound:
+        few = slice(max(1, len(crops) // 4))
+        drawn = mean[few] + torch.randn(mean[few].shape, generator=generator) * log_scale[few].exp()
+        loss = loss + sound * _sound_loss(voice, drawn, audio[few])
+    return loss
 
 
 def gaussian_loss(latents: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
