@@ -34,15 +34,20 @@ def at_budgets(method: Method, shares: Sequence[float]) -> list[Method]:
     ]
 
 
+def percentage(text: str) -> float | None:
+    """Read `0.3%` or `0.3 %` as a share; None where it is no percentage."""
+    found = _SHARE.fullmatch(text)
+    return float(found[1]) / 100 if found else None
+
+
 def parse_budgets(text: str) -> tuple[float, ...]:
     """Read `0.3%,1%`.
 
     Raises:
         GraftError: If one is no percentage above 0 and below 100, or stands twice.
     """
-    found = [_SHARE.fullmatch(one.strip()) for one in text.split(",")]
-    shares = [float(one[1]) / 100 for one in found if one]
-    if len(shares) < len(found) or not all(0 < share < 1 for share in shares) or len(set(shares)) < len(shares):
+    shares = [percentage(one.strip()) or 0.0 for one in text.split(",")]
+    if not all(0 < share < 1 for share in shares) or len(set(shares)) < len(shares):
         raise GraftError(
             f"--budget {text} is not understood. Give different percentages of the backbone's parameters, as 0.3%,1%."
         )

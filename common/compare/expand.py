@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from common._yaml import load_yaml
-from common.compare.budget import at_budgets
+from common.compare.budget import at_budgets, percentage
 from common.compare.rates import rates_of, takers_of
 from common.compare.study import Method, Study, label_recipes
 from common.errors import GraftError
 
 ALL = "all"
-_SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,11 +194,10 @@ def _fewer(
     """Word an amount of training data as an option of the recipe's datamodule."""
     data = content.get("data")
     name = str(data.get("class_path", "")) if isinstance(data, dict) else ""
-    offered, share = shots_of(name), _SHARE.fullmatch(amount)
+    offered, part = shots_of(name), percentage(amount)
     told = [f"data.{option}" for option in (offered.counts, offered.shares) if option]
     can = f"it takes {' and '.join(told)}" if told else "it has no option for that"
-    if share:
-        part = float(share[1]) / 100
+    if part is not None:
         if not 0 < part <= 1:
             raise GraftError(f"--shots {amount} is not possible. Give more than 0 % and at most 100 %.")
         if offered.shares:

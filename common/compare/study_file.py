@@ -286,6 +286,9 @@ def _methods(
         )
         own = read_budgets(fields["budget"], f"budget of {where}", problems) if "budget" in fields else budgets
         methods += at_budgets(method, own)
+    for name, count in Counter(method.name for method in methods).items():
+        if count > 1:
+            problems.append(f"{count} methods are called '{name}', one by a budget: rename the other")
     return tuple(methods)
 
 

@@ -250,3 +250,12 @@ def test_a_budget_that_is_no_share_is_named(world, budget):
     world.write(PARTS.replace("lr: [5e-5]}", f"lr: [5e-5], budget: {budget}}}"))
     with pytest.raises(GraftError, match="budget of method 'FullFineTune' is"):
         load_studies(Path("study.yaml"))
+
+
+def test_a_method_that_is_called_as_a_budget_calls_another_is_named(world):
+    text = PARTS.replace("  FullFineTune:", "  LoRA-1percent:").replace("lr: [5e-5]}", "lr: [5e-5], budget: []}")
+    world.write(text)
+    assert len(load_studies(Path("study.yaml"))[0].methods) == 2
+    world.write(text.replace("seeds: [0, 1]", "seeds: [0, 1]\nbudget: 0.01", 1))
+    with pytest.raises(GraftError, match="part 'easy': 2 methods are called 'LoRA-1percent'"):
+        load_studies(Path("study.yaml"))
