@@ -149,13 +149,14 @@ def _budgets(text: str, methods: Sequence[str]) -> dict[str, tuple[float, ...]]:
     from rich.console import Console
 
     from common.compare.budget import parse_budgets
-    from common.methods import METHODS
+    from common.methods.hybrid import with_a_size
 
-    shares = parse_budgets(text)
-    sized = [name for name in methods if METHODS[name].sized_by]
+    shares, known = parse_budgets(text), with_a_size()
+    sized = [name for name in methods if name in known]
     if not sized:
-        known = ", ".join(name for name, spec in METHODS.items() if spec.sized_by)
-        raise GraftError(f"--budget {text}: none of {', '.join(methods)} has a size. Give one that has: {known}.")
+        raise GraftError(
+            f"--budget {text}: none of {', '.join(methods)} has a size. Give one that has: {', '.join(known)}."
+        )
     if len(sized) < len(methods):
         left = ", ".join(name for name in methods if name not in sized)
         Console(highlight=False).print(f"{left}: without a size, so trained as it is beside the others.")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from common.compare.study import Method
+from common.compare.study import Method, method_of
 from common.errors import GraftError
 
 _SIZER = "AtBudget"
@@ -22,7 +22,7 @@ def at_budgets(method: Method, shares: Sequence[float]) -> list[Method]:
     """
     if not shares:
         return [method]
-    sized = str(method.peft.get("class_path", "")).rsplit(".", 1)[-1] == _SIZER
+    sized = method_of(method.peft) == _SIZER
     settings = dict(method.peft.get("init_args") or {}) if sized else {"method": dict(method.peft)}
     return [
         replace(

@@ -11,7 +11,7 @@ from typing import Any
 from common._yaml import load_yaml
 from common.compare.budget import at_budgets, percentage
 from common.compare.rates import rates_of, takers_of
-from common.compare.study import Method, Study, label_recipes
+from common.compare.study import Method, Study, label_recipes, method_of
 from common.errors import GraftError
 
 ALL = "all"
@@ -179,7 +179,7 @@ def _study(
 def _peft(content: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Take the recipe's own block where it is this method's."""
     own = content.get("peft")
-    if isinstance(own, dict) and str(own.get("class_path", "")).rsplit(".", 1)[-1] == method:
+    if isinstance(own, dict) and method_of(own) == method:
         return dict(own)
     return {"class_path": method}
 

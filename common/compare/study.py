@@ -240,6 +240,11 @@ class Study:
         return [*self.untrained(), *trained]
 
 
+def method_of(peft: Mapping[str, Any]) -> str:
+    """Name the method of a `peft:` block, whose class may be given with its module."""
+    return str(peft.get("class_path", "")).rsplit(".", 1)[-1]
+
+
 def label_recipes(recipes: Sequence[str]) -> dict[str, str]:
     """Name each recipe by its file, with its folders where two files share a name."""
     stems = Counter(Path(recipe).stem for recipe in recipes)

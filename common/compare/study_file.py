@@ -37,7 +37,7 @@ from common._yaml import load_yaml
 from common.compare._numbers import as_list, read_budgets, read_decays, read_integers, read_rates, show
 from common.compare.budget import at_budgets
 from common.compare.prepared import FOLDER, PREFIX, Preparation, option_words, references
-from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipes
+from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipes, method_of
 from common.errors import GraftError, suggest
 
 _PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
@@ -181,7 +181,7 @@ def _preparations(value: object, folder: Path, problems: list[str]) -> dict[str,
         found[str(name)] = Preparation(
             name=str(name),
             recipe=recipe,
-            method=_method_of(peft or (content or {}).get("peft")),
+            method=method_of(peft or _mapping((content or {}).get("peft")) or {}),
             seed=seed,
             folder=folder / str(name),
             options=(*options, *option_words(overrides)),
@@ -300,11 +300,6 @@ def _peft(value: object, where: str, problems: list[str]) -> dict[str, Any]:
     if _mapping(peft.get("init_args", {})) is None:
         problems.append(f"init_args of {where} is {show(peft['init_args'])}: give a mapping")
     return peft
-
-
-def _method_of(peft: object) -> str:
-    """Name the method of a `peft:` block."""
-    return str((_mapping(peft) or {}).get("class_path", "")).rsplit(".", 1)[-1]
 
 
 def _check_name(name: object, where: str, problems: list[str]) -> None:

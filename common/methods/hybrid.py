@@ -317,7 +317,7 @@ class AtBudget(Composed):
         """Choose the size and plan with it; see the base class."""
         if self.method is None or not self.method.sized_by:
             name = type(self.method).__name__ if self.method is not None else "nothing"
-            raise GraftError(f"AtBudget cannot size {name}. Give a method with a size: {', '.join(_with_a_size())}.")
+            raise GraftError(f"AtBudget cannot size {name}. Give a method with a size: {', '.join(with_a_size())}.")
         if not 0 < self.share < 1 or self.most < 1 or not self.tolerance > 0:
             raise GraftError(
                 f"AtBudget share is {self.share}, most {self.most} and tolerance {self.tolerance}; give a share in "
@@ -418,7 +418,8 @@ class AtBudget(Composed):
         return sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
 
 
-def _with_a_size() -> list[str]:
+def with_a_size() -> list[str]:
+    """Name the methods that `AtBudget` can size."""
     from common.methods import METHODS
 
     return [name for name, spec in METHODS.items() if spec.sized_by]
