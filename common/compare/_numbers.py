@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 
@@ -20,40 +20,23 @@ def as_list(value: object) -> list[Any]:
 
 def read_rates(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
     """Read learning rates."""
-    good = _numbers(as_list(value))
-    if good is None or min(good) <= 0:
-        problems.append(f"lr of {where} is {show(value)}: give one or more numbers above 0, as in [1.0e-3]")
-        return ()
-    if len(set(good)) < len(good):
-        problems.append(f"lr of {where} is {show(value)}: give each learning rate once")
-    return tuple(good)
+    return _distinct(value, lambda n: n > 0, f"lr of {where}", "one or more numbers above 0, as in [1.0e-3]", problems)
 
 
 def read_decays(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
     """Read weight decays."""
-    good = _numbers(as_list(value))
-    if good is None or min(good) < 0:
-        problems.append(
-            f"weight_decay of {where} is {show(value)}: give one or more numbers, 0 or above, as in [0, 0.05]"
-        )
-        return ()
-    if len(set(good)) < len(good):
-        problems.append(f"weight_decay of {where} is {show(value)}: give each weight decay once")
-    return tuple(good)
+    asked = "one or more numbers, 0 or above, as in [0, 0.05]"
+    return _distinct(value, lambda n: n >= 0, f"weight_decay of {where}", asked, problems)
 
 
 def read_budgets(value: object, where: str, problems: list[str]) -> tuple[float, ...]:
     """Read shares of a backbone's parameters; an empty list is none."""
     if value == []:
         return ()
-    good = _numbers(as_list(value))
-    if good is None or not all(0 < share < 1 for share in good) or len(set(good)) < len(good):
-        problems.append(
-            f"{where} is {show(value)}: give different shares of the backbone's parameters, above 0 and below 1, "
-            "as in [0.003, 0.01]; [] leaves methods as they are"
-        )
-        return ()
-    return tuple(good)
+    asked = (
+        "shares of the backbone's parameters, above 0 and below 1, as in [0.003, 0.01]; [] leaves methods as they are"
+    )
+    return _distinct(value, lambda n: 0 < n < 1, where, asked, problems)
 
 
 def read_integers(value: object, where: str, problems: list[str]) -> tuple[int, ...]:
@@ -67,7 +50,16 @@ def read_integers(value: object, where: str, problems: list[str]) -> tuple[int, 
     return tuple(numbers)
 
 
-def _numbers(values: Sequence[object]) -> list[float] | None:
-    """Read finite numbers; None where there is none, or one is something else."""
+def _distinct(
+    value: object, allowed: Callable[[float], bool], where: str, asked: str, problems: list[str]
+) -> tuple[float, ...]:
+    """Read finite numbers, each allowed and given once; note a problem and return none otherwise."""
+    values = as_list(value)
     good = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
-    return good if good and len(good) == len(values) else None
+    if not values or len(good) < len(values) or not all(map(allowed, good)):
+        problems.append(f"{where} is {show(value)}: give {asked}")
+        return ()
+    if len(set(good)) < len(good):
+        problems.append(f"{where} is {show(value)}: give each number once")
+        return ()
+    return tuple(good)

@@ -179,10 +179,10 @@ tune_seed: [1, 2]
         ("recipe: recipe.yaml", "recipes: [recipe.yaml, recipe.yaml]", "listed twice"),
         ("seeds: [0, 1, 2]", "seeds: [0, 0]", "give each number once"),
         ("seeds: [0, 1, 2]", "seeds: [true]", "seeds is [true]"),
-        ("lr: [1e-5, 5e-5]", "lr: [1e-5, 1.0e-5]", "each learning rate once"),
+        ("lr: [1e-5, 5e-5]", "lr: [1e-5, 1.0e-5]", "give each number once"),
         ("lr: [1e-5, 5e-5]", "lr: [.inf]", "numbers above 0"),
         ("lr: [1e-5, 5e-5]", "lr: 1e-5, weight_decay: [-1]", "weight_decay of method 'FullFineTune' is [-1]"),
-        ("lr: [1e-5, 5e-5]", "lr: 1e-5, weight_decay: [0, 0.0]", "give each weight decay once"),
+        ("lr: [1e-5, 5e-5]", "lr: 1e-5, weight_decay: [0, 0.0]", "give each number once"),
         ("{trainer.max_epochs: 2}}", "{model.optim.weight_decay: 0}, weight_decay: 0}", "gives weight_decay and sets"),
         ("lr: [1e-5, 5e-5]", "lr: 1e-5, lr_options: [--lr]", "lr_options of method"),
         ("out: runs/small", "out: 3", "out is 3"),
@@ -242,13 +242,19 @@ def test_a_budget_is_of_every_method_that_does_not_say_otherwise(world):
     assert hard.methods[0].lrs == (1e-3, 3e-3)
 
 
-@pytest.mark.parametrize("budget", ["0", "1", "[0.1, 0.1]", "some", "[[0.1]]", "null", "true"])
+@pytest.mark.parametrize("budget", ["0", "1", "some", "[[0.1]]", "null", "true"])
 def test_a_budget_that_is_no_share_is_named(world, budget):
     world.write(PARTS.replace("seeds: [0, 1]", f"seeds: [0, 1]\nbudget: {budget}", 1))
-    with pytest.raises(GraftError, match=r"budget is .*: give different shares of the backbone's parameters"):
+    with pytest.raises(GraftError, match=r"budget is .*: give shares of the backbone's parameters"):
         load_studies(Path("study.yaml"))
     world.write(PARTS.replace("lr: [5e-5]}", f"lr: [5e-5], budget: {budget}}}"))
     with pytest.raises(GraftError, match="budget of method 'FullFineTune' is"):
+        load_studies(Path("study.yaml"))
+
+
+def test_a_budget_that_is_given_twice_is_named(world):
+    world.write(PARTS.replace("seeds: [0, 1]", "seeds: [0, 1]\nbudget: [0.1, 0.1]", 1))
+    with pytest.raises(GraftError, match=r"budget is \[0\.1, 0\.1\]: give each number once"):
         load_studies(Path("study.yaml"))
 
 
