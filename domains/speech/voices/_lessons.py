@@ -21,8 +21,8 @@ from common.errors import GraftError
 from common.frozen import content
 from common.loading import mix_seed
 from domains.speech.voices._conversion import fit_conversion
-from domains.speech.voices._vits import expand, log_durations
-from domains.speech.voices._voice import Voice, frames_of, read
+from domains.speech.voices._vits import log_durations
+from domains.speech.voices._voice import Voice, frames_of, read, speak
 from domains.speech.voices._world import analyse, render
 
 _VERSION = "1"  # of how lessons are made; part of the cache's key
@@ -109,10 +109,8 @@ def _say(voice: Voice, ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         start = torch.randn(1, 2, len(ids), generator=torch.Generator().manual_seed(mix_seed(seed, 1)))
         logs = log_durations(net, prior.hidden, prior.mask, start * voice.duration_noise)
         durations = frames_of(logs, prior.mask)[0].long()
-        mean, scale = expand(prior.mean, durations[None]), expand(prior.log_scale, durations[None]).exp()
-        drawn = _drawn(voice, mean.shape[2], seed)
-        latents = net.flow(mean + voice.noise * scale * drawn, mean.new_ones(1, 1, mean.shape[2]), reverse=True)
-        return durations, net.decoder(latents)[0, 0].float()
+        drawn = _drawn(voice, int(durations.sum()), seed)
+        return durations, speak(net, prior, durations[None], lambda scale: voice.noise * scale * drawn)[1]
 
 
 def _drawn(voice: Voice, frames: int, seed: int) -> Tensor:

@@ -21,8 +21,8 @@ from common.attach import state_digest
 from common.errors import GraftError
 from common.loading import mix_seed
 from domains.speech.voices._spectrum import magnitudes, mel_distance, stft_distance
-from domains.speech.voices._vits import expand, log_durations
-from domains.speech.voices._voice import Voice, frames_of, read
+from domains.speech.voices._vits import log_durations
+from domains.speech.voices._voice import Voice, frames_of, read, speak
 
 _VERSION = "2"  # of how it is distilled; part of the cache's key
 LAYERS = 8
@@ -100,6 +100,12 @@ def speak_pairs(voice: Voice, lines: Sequence[str], seconds: float, seed: int) -
     generator = torch.Generator().manual_seed(seed)
     wanted, made, pairs = int(seconds * voice.rate), 0, []
     net: Any = voice.model
+
+    def draw(scale: Tensor) -> Tensor:
+        low, high = _NOISE
+        share = low + (high - low) * float(torch.rand(1, generator=generator))
+        return share * scale * torch.randn(scale.shape, generator=generator)
+
     for number in range(len(spelled) * 100):
         if number % len(spelled) == 0:
             order = torch.randperm(len(spelled), generator=generator).tolist()
@@ -108,12 +114,7 @@ def speak_pairs(voice: Voice, lines: Sequence[str], seconds: float, seed: int) -
             prior = read(net, ids[None], torch.tensor([len(ids)]))
             start = torch.randn(1, 2, len(ids), generator=generator) * voice.duration_noise
             frames = frames_of(log_durations(net, prior.hidden, prior.mask, start), prior.mask)
-            mean, scale = expand(prior.mean, frames), expand(prior.log_scale, frames).exp()
-            low, high = _NOISE
-            share = low + (high - low) * float(torch.rand(1, generator=generator))
-            drawn = mean + share * scale * torch.randn(mean.shape, generator=generator)
-            latents = net.flow(drawn, mean.new_ones(1, 1, mean.shape[2]), reverse=True)
-            pairs.append(Pair(latents[0], net.decoder(latents)[0, 0]))
+            pairs.append(Pair(*speak(net, prior, frames, draw)))
         made += len(pairs[-1].audio)
         if made >= wanted:
             break

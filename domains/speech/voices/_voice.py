@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,8 +130,22 @@ def synthesize(
             frames = frames_of(log_durations(net, prior.hidden, prior.mask, start), prior.mask, pace)
         else:
             frames = durations[None].to(prior.hidden)
-        mean, scale = expand(prior.mean, frames), expand(prior.log_scale, frames).exp()
-        drawn = torch.randn(mean.shape, generator=generator).to(mean)
-        mask = mean.new_ones(1, 1, mean.shape[2])
-        latents = net.flow(mean + drawn * scale * noise, mask, reverse=True)
-        return net.decoder(latents)[0, 0].float()
+
+        def draw(scale: Tensor) -> Tensor:
+            return torch.randn(scale.shape, generator=generator).to(scale) * scale * noise
+
+        return speak(net, prior, frames, draw)[1]
+
+
+def speak(net: Any, prior: Prior, frames: Tensor, draw: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    """Return the latents (C, F) and the waveform (F * hop,) of a line whose durations are known.
+
+    Args:
+        net: The network out of PEFT's wrapper.
+        prior: What `read` made of the line.
+        frames: Whole frames of each symbol, (1, L).
+        draw: Told the prior's deviations (1, C, F), gives what is added to its means.
+    """
+    mean, scale = expand(prior.mean, frames), expand(prior.log_scale, frames).exp()
+    latents = net.flow(mean + draw(scale), mean.new_ones(1, 1, mean.shape[2]), reverse=True)
+    return latents[0], net.decoder(latents)[0, 0].float()
