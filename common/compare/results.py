@@ -314,14 +314,14 @@ def _spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def _cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Take sizes from the first run (seeds do not change them) and the mean of the times."""
+    """Take sizes from the first run, which seeds do not change, and medians of times, which other work may disturb."""
     if not costs:
         return {}
     numbers = _numbers(costs[0])
     for name in ("step_seconds", "fit_seconds"):
         times = [cost[name] for cost in costs if isinstance(cost.get(name), int | float)]
         if times:
-            numbers[name] = statistics.fmean(times)
+            numbers[name] = statistics.median(times)
     memory = _numbers(costs[0].get("train_memory") or {})
     return numbers | {f"memory_{part}": memory[part] for part in (*MEMORY_PARTS, "total") if part in memory}
 

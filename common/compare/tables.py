@@ -175,7 +175,8 @@ def _note(blocks: Sequence[Block]) -> str:
     note = (
         "Test metrics: mean ± sample standard deviation over the seeds (none for a single seed); learning rates (and "
         "weight decays, where a method has any to choose from) were chosen on the validation split. Val is the primary "
-        "metric there. Memory: weights, gradients, optimizer state and saved activations of a training step."
+        "metric there. Times: the median of the seeds. Memory: weights, gradients, optimizer state and saved "
+        "activations of a training step."
     )
     rows = [row for block in blocks for row in block.rows]
     compared = [block.comparison for block in blocks if block.comparison]
