@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import torch
@@ -119,15 +120,19 @@ class FrozenRows:
         """
         store = self._store()
         self._prove(store, identities, compute)
-        if any(identity not in store for identity in identities):
-            store.refresh()
+        positions = {identity: position for position, identity in reversed([*enumerate(identities)])}
+        # Processes that begin together read the same batches: each takes an order of its own and looks at what others
+        # have added meanwhile, so that they share the work.
+        order = [identity for identity in positions if identity not in store]
+        SystemRandom().shuffle(order)
+        order += positions.keys() - order
         device = self._device()
         rows: dict[bytes, Row] = {}
-        for position, identity in enumerate(identities):
-            if identity in rows:
-                continue
+        for identity in order:
+            if identity not in store:
+                store.refresh()
             found = store.get(identity)
-            row = _decode(*found) if found else self._add(store, identity, self._alone(compute, position))
+            row = _decode(*found) if found else self._add(store, identity, self._alone(compute, positions[identity]))
             rows[identity] = tuple(tensor.to(device) for tensor in row)
         return [rows[identity] for identity in identities]
 

@@ -347,6 +347,49 @@ def test_an_item_twice_in_a_batch_is_computed_once():
     assert torch.equal(rows[0][0], rows[3][0])
 
 
+def test_processes_that_begin_together_share_the_work():
+    model, items = frozen_toy(), ToySet(8, 0).x
+    cached, other = (
+        FrozenRows(FrozenPrefix(modules={"toy": model}, transform={}), ToyTask(spec_of("LoRA"))) for _ in range(2)
+    )
+    identities, alone = [content(item) for item in items], []
+
+    def compute(position):
+        return (model(items[position].unsqueeze(0))[0],)
+
+    def slowly(position):
+        if not torch.is_grad_enabled():
+            alone.append(position)
+        if len(alone) == 2:  # behind the proof, during its first row of its own: another process has done the rest
+            other.rows(identities, compute)
+        return compute(position)
+
+    rows = cached.rows(identities, slowly)
+    assert len(alone) == 2
+    assert all(torch.equal(row[0], compute(position)[0]) for position, row in enumerate(rows))
+
+
+def test_a_batch_is_begun_anywhere_and_returned_in_its_order():
+    items = ToySet(32, 0).x
+    begun = set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = frozen_toy()
+        cached = FrozenRows(FrozenPrefix(modules={"toy": model}, transform={"seed": seed}), ToyTask(spec_of("LoRA")))
+        found = []
+
+        def compute(position, model=model, found=found):
+            found.append(position)
+            return (model(items[position].unsqueeze(0))[0],)
+
+        torch.manual_seed(0)
+        rows = cached.rows([content(item) for item in items], compute)
+        assert sorted(found[PROOF:]) == list(range(32))
+        assert all(torch.equal(row[0], compute(position)[0]) for position, row in enumerate(rows))
+        begun.add(found[PROOF])
+    assert len(begun) > 1  # by chance one in 32 ** 7
+
+
 # ---- refusals
 
 
