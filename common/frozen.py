@@ -121,11 +121,11 @@ class FrozenRows:
         store = self._store()
         self._prove(store, identities, compute)
         positions = {identity: position for position, identity in reversed([*enumerate(identities)])}
-        # Processes that begin together read the same batches: each takes an order of its own and looks at what others
-        # have added meanwhile, so that they share the work.
-        order = [identity for identity in positions if identity not in store]
-        SystemRandom().shuffle(order)
-        order += positions.keys() - order
+        order = list(positions)
+        if any(identity not in store for identity in order):
+            # Processes that begin together read the same batches: each takes an order of its own and looks at what
+            # others have added meanwhile, so that they share the work.
+            SystemRandom().shuffle(order)
         device = self._device()
         rows: dict[bytes, Row] = {}
         for identity in order:

@@ -256,6 +256,9 @@ def test_a_budget_that_is_given_twice_is_named(world):
     world.write(PARTS.replace("seeds: [0, 1]", "seeds: [0, 1]\nbudget: [0.1, 0.1]", 1))
     with pytest.raises(GraftError, match=r"budget is \[0\.1, 0\.1\]: give each number once"):
         load_studies(Path("study.yaml"))
+    world.write(PARTS.replace("lr: [5e-5]}", "lr: [5e-5], budget: [0.1, 0.1]}"))
+    with pytest.raises(GraftError, match=r"budget of method 'FullFineTune' is \[0\.1, 0\.1\]: give each number once"):
+        load_studies(Path("study.yaml"))
 
 
 def test_a_method_that_is_called_as_a_budget_calls_another_is_named(world):
