@@ -37,6 +37,7 @@ def add_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser.add_argument("paths", nargs="+", metavar="FILE", help="one study file, or recipes with --methods")
     parser.add_argument("--methods", help="methods to compare on the recipes, as LoRA,BitFit,FullFineTune")
     parser.add_argument("--seeds", type=int, help="seeds of the final runs (default: 3)")
+    parser.add_argument("--tune-seeds", type=int, help="seeds over whose mean settings are chosen (default: 1)")
     parser.add_argument("--rates", action="append", help="learning rates of all methods, or as LoRA=1e-4,1e-3 of one")
     parser.add_argument("--weight-decays", help="weight decays of all methods, each tried with each rate, as 0,0.05")
     parser.add_argument("--budget", help="shares of the backbone's parameters that methods are sized to, as 0.3%%,1%%")
@@ -104,7 +105,7 @@ def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
 
     how = Options(runner=args.runner, parquet=args.parquet)
     if args.methods is None:
-        options = ("seeds", "rates", "weight_decays", "budget", "shots", "set")
+        options = ("seeds", "tune_seeds", "rates", "weight_decays", "budget", "shots", "set")
         given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
         if given:
             raise GraftError(f"{', '.join(given)} without --methods. A study file says these itself.")
@@ -135,6 +136,7 @@ def _request(args: argparse.Namespace) -> Any:  # noqa: ANN401 (importing its ty
         recipes=args.paths,
         methods=methods,
         seeds=3 if args.seeds is None else args.seeds,
+        tune_seeds=1 if args.tune_seeds is None else args.tune_seeds,
         rates=parse_rates(args.rates or (), methods),
         shots=[one.strip() for one in args.shots.split(",")] if args.shots else (),
         overrides=overrides,

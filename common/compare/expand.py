@@ -40,6 +40,7 @@ class Request:
         recipes: Paths of recipes.
         methods: Names of methods.
         seeds: How many seeds, from 0.
+        tune_seeds: With how many of these settings are chosen, from 0.
         rates: Learning rates by method; the key "" holds those of all methods that are not named.
         shots: Amounts of training data: numbers, percentages and `all`; none for the recipe's own.
         overrides: Further options of `graft fit`, for all runs.
@@ -56,6 +57,7 @@ class Request:
     overrides: Mapping[str, Any]
     out: Path
     weight_decays: tuple[float, ...] = ()
+    tune_seeds: int = 1
     budgets: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
 
@@ -76,6 +78,8 @@ def expand(request: Request, shots_of: Callable[[str], Shots]) -> list[Study]:
     """
     if request.seeds < 1:
         raise GraftError(f"--seeds {request.seeds} is not possible. Give 1 or more.")
+    if request.tune_seeds < 1:
+        raise GraftError(f"--tune-seeds {request.tune_seeds} is not possible. Give 1 or more.")
     missing = [recipe for recipe in request.recipes if not Path(recipe).is_file()]
     if missing:
         raise GraftError(f"No such recipe: {', '.join(missing)}. `graft list recipes` names them.")
@@ -171,7 +175,7 @@ def _study(
         baselines=(),
         overrides=overrides,
         seeds=tuple(range(request.seeds)),
-        tune_seed=0,
+        tune_seeds=tuple(range(request.tune_seeds)),
         seed_options=(),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.compare.evidence import Block
 from common.compare.examples import contradicts, read_rows
 from common.compare.ledger import Ledger, digests_of
-from common.compare.results import Run, choose
+from common.compare.results import Run, choose, tried
 
 CHECKS = (
     "the validation split alone chose each learning rate and weight decay",
@@ -75,13 +75,13 @@ def _selection(block: Block) -> Iterator[Finding]:
     """Choose again by the validation results, and compare."""
     for method in block.study.methods:
         own = [run for run in block.runs if run.trial.method == method.name]
-        tuned = [run for run in own if run.trial.seed == block.study.tune_seed and run.trial.setting in method.settings]
-        best, chosen = choose(tuned), {run.trial.setting for run in own if run.chosen}
-        if best is not None and best.trial.setting and chosen and chosen != {best.trial.setting}:
+        best = choose(tried(block.study, method, own))
+        chosen = {run.trial.setting for run in own if run.chosen}
+        if best is not None and chosen and chosen != {best}:
             told = " and ".join(sorted(setting.words for setting in chosen if setting is not None))
             yield _broken(
                 f"{block.label}, {method.name}: the results are of rate {told}, the validation split chooses "
-                f"{best.trial.setting.words}"
+                f"{best.words}"
             )
 
 

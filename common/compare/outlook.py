@@ -137,7 +137,7 @@ def _runs(study: Study) -> Iterator[tuple[str, bool]]:
     for recipe in study.recipes:
         for method in study.methods:
             for seed in study.seeds:
-                if seed != study.tune_seed:
+                if seed not in study.tune_seeds:
                     folders = [study.trial(recipe, method, setting, seed).folder for setting in method.settings]
                     yield f"{folders[0].parent} seed {seed}", any(map(_there, folders))
 

@@ -16,8 +16,8 @@ from common.compare._plots import Point, curves_svg, pareto_svg
 from common.compare._samples import Example, Group, pictured_examples, sample_groups
 from common.compare.evidence import COSTS, Block, Standing
 from common.compare.integrity import CHECKS, Finding
-from common.compare.results import MEMORY_PARTS, Metrics, Row, Run
-from common.compare.study import Study, Trial
+from common.compare.results import MEMORY_PARTS, Metrics, Row, Run, by_setting, tried, tuning_score
+from common.compare.study import Setting, Study, Trial
 from common.compare.summary import Summary, offered, overview, summarise
 from common.compare.tables import NOTHING, amount, columns, preparing, share, worst_notes
 
@@ -264,8 +264,8 @@ def _tuning(study: Study, runs: Sequence[Run]) -> list[tuple[str, tuple[Tried, .
     for method in study.methods:
         own = [run for run in runs if run.trial.method == method.name]
         winners = {run.trial.setting for run in own if run.chosen}
-        tuned = [run for run in own if run.trial.seed == study.tune_seed and run.trial.setting in method.settings]
-        lists.append((method.name, tuple(_tried(run, run.trial.setting in winners) for run in tuned)))
+        groups = by_setting(tried(study, method, own))
+        lists.append((method.name, tuple(_tried(one, runs, one in winners) for one, runs in groups.items())))
     return lists
 
 
@@ -280,23 +280,29 @@ def _protocol(study: Study, rows: Sequence[Row]) -> str:
     else:
         told = ", ".join(f"{row.method} {row.settings}" for row in trained)
         fair = f"The methods had different numbers of {words} to choose from, and more are an advantage: {told}."
+    several = len(study.tune_seeds) > 1
+    seeds = f"seed{'s' * several} {' and '.join(map(str, study.tune_seeds))}"
+    mean = "mean " * several
     return (
-        f"{fair} Each was tried with seed {study.tune_seed}; the best {name} on the validation split was chosen. "
+        f"{fair} Each was tried with {seeds}; the best {mean}{name} on the validation split was chosen. "
         "The test split was touched by the chosen runs only."
     )
 
 
-def _tried(run: Run, winner: bool) -> Tried:
-    setting = run.trial.setting.words if run.trial.setting else ""
-    if run.metrics is None or not run.metrics.fitted:
-        code = f", exit code {run.failure.code}" if run.failure else ""
-        return Tried(setting=setting, word=f"failed{code}", kind="failed")
-    score = run.metrics.score
+def _tried(setting: Setting, runs: Sequence[Run], winner: bool) -> Tried:
+    """Say what a setting came to: the mean over the seeds it was tried with, and each where they are several."""
+    score, words = tuning_score(runs), [_came_to(run) for run in runs]
     if score is None:
-        return Tried(setting=setting, word="diverged", kind="failed")
-    return Tried(
-        setting=setting, word=f"{score:.3f}{', chosen' if winner else ''}", kind="chosen" if winner else "lost"
-    )
+        return Tried(setting=setting.words, word=", ".join(words), kind="failed")
+    each = f" ({', '.join(words)})" if len(runs) > 1 else ""
+    word = f"{score:.3f}{each}{', chosen' if winner else ''}"
+    return Tried(setting=setting.words, word=word, kind="chosen" if winner else "lost")
+
+
+def _came_to(run: Run) -> str:
+    if run.metrics is None or not run.metrics.fitted:
+        return f"failed, exit code {run.failure.code}" if run.failure else "failed"
+    return "diverged" if run.metrics.score is None else f"{run.metrics.score:.3f}"
 
 
 def _environment(runs: Sequence[Run]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from common.compare.examples import read_rows
 from common.compare.prepared import Preparation
-from common.compare.study import Method, Study, Trial
+from common.compare.study import Method, Setting, Study, Trial
 from common.compare.worst import Worst, worst_class, worst_group
 from common.errors import GraftError, unknown
 
@@ -241,17 +241,42 @@ def read_metrics(folder: Path, metric: str = "") -> Metrics | None:
         ) from error
 
 
-def choose(runs: Sequence[Run]) -> Run | None:
-    """Choose the best of several runs by the primary metric on the validation split; the first of equals.
+def choose(runs: Sequence[Run]) -> Setting | None:
+    """Choose among settings by the primary metric on the validation split, the mean over seeds; the first of equals.
 
-    The test split has no part in it. Runs that failed or diverged (no finite metric) are never chosen.
+    The test split has no part in it. A setting of which a run failed or diverged (no finite metric) is never chosen.
     """
-    scored = [(run.metrics.score, run) for run in runs if run.metrics is not None and run.metrics.fitted]
-    finite = [(score, run) for score, run in scored if score is not None]
-    if not finite:
-        return None
-    sign = 1.0 if finite[0][1].metrics and finite[0][1].metrics.mode == "max" else -1.0
-    return max(finite, key=lambda pair: sign * pair[0])[1]
+    means = {setting: mean for setting, own in by_setting(runs).items() if (mean := tuning_score(own)) is not None}
+    modes = {run.metrics.mode for run in runs if run.metrics is not None and run.metrics.fitted}
+    sign = 1.0 if "max" in modes else -1.0
+    return max(means, key=lambda setting: sign * means[setting], default=None)
+
+
+def by_setting(runs: Iterable[Run]) -> dict[Setting, list[Run]]:
+    """Put runs together that differ in their seed alone."""
+    groups: dict[Setting, list[Run]] = {}
+    for run in runs:
+        if run.trial.setting is not None:
+            groups.setdefault(run.trial.setting, []).append(run)
+    return groups
+
+
+def tuning_score(runs: Sequence[Run]) -> float | None:
+    """What a setting comes to on the validation split, over its seeds; None where a run failed or diverged."""
+    scores = [run.metrics.score for run in runs if run.metrics is not None and run.metrics.fitted]
+    finite = [score for score in scores if score is not None]
+    return statistics.fmean(finite) if finite and len(finite) == len(runs) else None
+
+
+def tried(study: Study, method: Method, runs: Iterable[Run]) -> list[Run]:
+    """Keep the runs by which a method's setting is chosen."""
+    return [
+        run
+        for run in runs
+        if run.trial.method == method.name
+        and run.trial.seed in study.tune_seeds
+        and run.trial.setting in method.settings
+    ]
 
 
 def make_rows(study: Study, runs: Sequence[Run]) -> list[Row]:

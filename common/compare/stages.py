@@ -188,7 +188,7 @@ class _Session:
         untrained = self._fit(self.study.untrained(), "baselines") if self.study.baselines else []
         tuned = self._fit(self.study.tuning(), "tuning")
         winners = self._winners(tuned)
-        fitted = self._fit([trial for trial in winners if trial.seed != self.study.tune_seed], "repeating")
+        fitted = self._fit([trial for trial in winners if trial.seed not in self.study.tune_seeds], "repeating")
         chosen = [trial for trial in winners if trial.seed in self.study.seeds]
         self._test(chosen)
         folders = {trial.folder for trial in (*chosen, *self.study.untrained())}
@@ -216,16 +216,15 @@ class _Session:
         _refuse_foreign_folders(self.study)  # now that the adapters are there to be compared
 
     def _winners(self, tuned: Sequence[Run]) -> list[Trial]:
-        """The runs with the chosen settings: the tuned one and the seeds still to fit."""
+        """The runs with the chosen settings: the tuned ones and the seeds still to fit."""
         winners: list[Trial] = []
         for recipe in self.study.recipes:
             for method in self.study.methods:
                 own = [run for run in tuned if (run.trial.recipe, run.trial.method) == (recipe, method.name)]
-                best = choose(own)
-                setting = best.trial.setting if best else None
+                setting = choose(own)
                 if setting is None:
                     continue
-                seeds = dict.fromkeys((self.study.tune_seed, *self.study.seeds))
+                seeds = dict.fromkeys((*self.study.tune_seeds, *self.study.seeds))
                 winners += [self.study.trial(recipe, method, setting, seed) for seed in seeds]
         return winners
 

@@ -144,7 +144,7 @@ class Study:
         baselines: The names of the predictors that are not trained.
         overrides: Options of all trials; those of the methods hold them already.
         seeds: The seeds of the final runs.
-        tune_seed: The seed with which learning rates are chosen.
+        tune_seeds: The seeds with which settings are chosen, by the mean over them.
         seed_options: Further options that take the seed, in every trial.
         part: The part of the report that the study is; None where the report has no parts.
         metric: The validation metric that chooses settings, and the test metric that decides; "" for the task's own.
@@ -161,7 +161,7 @@ class Study:
     baselines: tuple[str, ...]
     overrides: Mapping[str, Any]
     seeds: tuple[int, ...]
-    tune_seed: int
+    tune_seeds: tuple[int, ...]
     seed_options: tuple[str, ...]
     part: Part | None = None
     metric: str = ""
@@ -220,12 +220,13 @@ class Study:
         return [word for key in ("seed_everything", *self.seed_options) for word in (f"--{key}", str(seed))]
 
     def tuning(self) -> list[Trial]:
-        """The runs that choose the settings: every recipe, method and setting, at `tune_seed`."""
+        """The runs that choose the settings: every recipe, method and setting, with each of `tune_seeds`."""
         return [
-            self.trial(recipe, method, setting, self.tune_seed)
+            self.trial(recipe, method, setting, seed)
             for recipe in self.recipes
             for method in self.methods
             for setting in method.settings
+            for seed in self.tune_seeds
         ]
 
     def possible(self) -> list[Trial]:
@@ -235,7 +236,7 @@ class Study:
             for recipe in self.recipes
             for method in self.methods
             for setting in method.settings
-            for seed in dict.fromkeys((self.tune_seed, *self.seeds))
+            for seed in dict.fromkeys((*self.tune_seeds, *self.seeds))
         ]
         return [*self.untrained(), *trained]
 

@@ -6,6 +6,8 @@
     methods: {LoRA: {peft: {class_path: LoRA}, lr: [1e-3, 3e-3]}, ...}
     seeds: [0, 1, 2]
 
+Settings are chosen with the first of the seeds; `tune_seeds: [0, 1]` chooses them by the mean over several.
+
 A method may say `weight_decay: [0, 0.05]` beside its `lr`: each decay is tried with each rate, and a pair is chosen.
 
 `budget: [0.003, 0.01]` makes of each method one for each share of the backbone's parameters, sized to meet it; a method
@@ -41,7 +43,7 @@ from common.compare.study import DECAY_OPTION, Method, Part, Study, label_recipe
 from common.errors import GraftError, suggest
 
 _PART_KEYS = ("title", "question", "recipe", "recipes", "overrides", "methods", "baselines", "seeds")
-_PART_KEYS += ("tune_seed", "seed_options", "metric", "budget")
+_PART_KEYS += ("tune_seeds", "seed_options", "metric", "budget")
 _STUDY_KEYS = (*_PART_KEYS, "out", "runs", "prepare", "parts")
 _PREPARE_KEYS = ("recipe", "peft", "lr", "overrides", "seed")
 _METHOD_KEYS = ("peft", "lr", "lr_options", "weight_decay", "overrides", "budget")
@@ -130,9 +132,7 @@ def _contents(
     budgets = read_budgets(fields.get("budget", []), "budget", problems)
     methods = _methods(fields.get("methods"), shared, budgets, preparations, problems)
     seeds = read_integers(fields.get("seeds", [0]), "seeds", problems)
-    tune_seed = read_integers(fields.get("tune_seed", seeds[0] if seeds else 0), "tune_seed", problems)
-    if len(tune_seed) > 1:
-        problems.append(f"tune_seed is {show(list(tune_seed))}: give one whole number")
+    tune_seeds = read_integers(fields["tune_seeds"], "tune_seeds", problems) if "tune_seeds" in fields else seeds[:1]
     metric = fields.get("metric", "")
     if not isinstance(metric, str):
         problems.append(f"metric is {show(metric)}: give the name of one metric")
@@ -144,7 +144,7 @@ def _contents(
         "baselines": _baselines(fields.get("baselines", []), methods, problems),
         "overrides": shared,
         "seeds": seeds,
-        "tune_seed": tune_seed[0] if tune_seed else 0,
+        "tune_seeds": tune_seeds,
         "seed_options": _seed_options(fields.get("seed_options", []), methods, problems),
         "preparations": preparations,
     }

@@ -182,7 +182,7 @@ class Fabric:
             baselines=tuple(baselines),
             overrides={},
             seeds=tuple(range(max(len(values) for values in results.values()))),
-            tune_seed=0,
+            tune_seeds=(0,),
             seed_options=(),
         )
 

@@ -1,9 +1,10 @@
 """A stand-in for `graft`: it trains nothing and writes what `world.json`, beside its recipe, says it measured.
 
-The world: {"val": {method: {lr: number}}, "test": {method: {seed: number}}, "fail": [[verb, method, lr, seed], ...],
-"silent": (the same, ending well but without a result), "sleep": seconds, "classes": [...], "pictures": [...],
-"rows": {method: [row of predictions.jsonl, ...]}, "mode": "max", "shared": {"train-test": n}, "garbage": {method: what
-stands in metrics.json}, "named_splits": whether the test split is told by `data.name`}.
+The world: {"val": {method: {lr: number, or {seed: number}}}, "test": {method: {seed: number}},
+"fail": [[verb, method, lr, seed], ...], "silent": (the same, ending well but without a result), "sleep": seconds,
+"classes": [...], "pictures": [...], "rows": {method: [row of predictions.jsonl, ...]}, "mode": "max",
+"shared": {"train-test": n}, "garbage": {method: what stands in metrics.json}, "named_splits": whether the test split is
+told by `data.name`}.
 The accuracy is that of the answers, where there are any; then every seed's is.
 A trial with a weight decay is "lr decay" under "val". Every call is noted in calls.jsonl, beside it.
 A baseline has no learning rate: it is "-" in the lists, and "val" has its number instead of rates.
@@ -83,6 +84,7 @@ def describe(world: dict, recipe_path: Path, peft: dict, lr: float | None, seed:
     method = peft["class_path"]
     measured, decay = world["val"][method], options.get("--model.optim.weight_decay")
     score = measured if lr is None else measured[f"{lr:g}" if decay is None else f"{lr:g} {decay}"]
+    score = score[str(seed)] if isinstance(score, dict) else score
     share = {"FullFineTune": 1.0, "LoRA": 0.0067, "BitFit": 0.0024, "LinearProbe": 0.00026}.get(method, 0.005)
     params = 22_056_576
     parts = {

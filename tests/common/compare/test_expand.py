@@ -63,6 +63,16 @@ seeds: [0, 1]
     assert second.labels == {"two.yaml": "two"}
 
 
+def test_rates_are_tried_with_as_many_seeds_as_asked(request_of):
+    study = expand(replace(request_of, tune_seeds=2), lambda _: BOTH)[0]
+    tried = {(trial.method, trial.lr, trial.seed) for trial in study.tuning()}
+    assert tried == {
+        (name, rate, seed) for name in ("LoRA", "FullFineTune") for rate in (1e-3, 3e-4) for seed in (0, 1)
+    }
+    with pytest.raises(GraftError, match=r"--tune-seeds 0 is not possible\. Give 1 or more\."):
+        expand(replace(request_of, tune_seeds=0), lambda _: BOTH)
+
+
 def test_a_method_takes_the_recipes_arguments_or_its_own_defaults(request_of):
     study, _ = expand(replace(request_of, methods=["LoRA", "LinearProbe"]), lambda _: BOTH)
     lora, probe = study.tuning()[0], study.tuning()[-1]

@@ -117,12 +117,12 @@ def test_a_seed_that_failed_is_no_seed_that_was_dropped(world):
 @pytest.mark.parametrize("traces", ["folders", "ledger"])
 def test_a_seed_that_is_dropped_after_it_was_tested_is_named(world, traces):
     world.run()
-    world.write((world.folder / "study.yaml").read_text().replace("seeds: [0, 1, 2]", "seeds: [1, 2]\ntune_seed: 0"))
+    world.write((world.folder / "study.yaml").read_text().replace("seeds: [0, 1, 2]", "seeds: [1, 2]\ntune_seeds: 0"))
     if traces == "ledger":
         # The tuning seed is still needed; its test result is cut out of the record, as if it had not been tested.
         edit(world.out / "recipe/LoRA/lr-0.001-seed-0/metrics.json", lambda record: record.update(test=None))
     else:
-        world.write((world.folder / "study.yaml").read_text().replace("seeds: [1, 2]\ntune_seed: 0", "seeds: [0, 1]"))
+        world.write((world.folder / "study.yaml").read_text().replace("seeds: [1, 2]\ntune_seeds: 0", "seeds: [0, 1]"))
     found = texts(recheck(world))
     if traces == "ledger":
         assert any("'lr-0.001-seed-0': test changed after it was measured" in text for text in found)

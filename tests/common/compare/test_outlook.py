@@ -22,7 +22,9 @@ def card(world, monkeypatch):
     return lambda: load_cards(Path("cards"), [])[0]
 
 
-def test_every_run_is_counted_until_it_is_there(card, world):
+@pytest.mark.parametrize("more", ["", "tune_seeds: [0, 2]\n"])
+def test_every_run_is_counted_until_it_is_there(card, world, more):
+    world.write((world.folder / "study.yaml").read_text() + more)
     before = outlook(card(), "embedded", Path("out"))
     assert world.run() == 0
     made = {(call["method"], call["lr"], call["seed"]) for call in world.calls() if call["verb"] in ("fit", "baseline")}

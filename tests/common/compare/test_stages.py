@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from common.errors import GraftError
+from tests.common.compare.conftest import VAL
 
 REPO = Path(__file__).parents[3]
 
@@ -121,10 +122,35 @@ def test_the_same_study_seen_from_another_folder_name_is_not_rerun(world):
 
 
 def test_a_tuning_seed_outside_the_seeds_is_not_tested(world):
-    world.write((world.folder / "study.yaml").read_text() + "tune_seed: 7\n")
+    world.write((world.folder / "study.yaml").read_text() + "tune_seeds: 7\n")
     assert world.run() == 0
     assert {call[3] for call in kinds(world) if call[0] == "test"} == {"0", "1", "2"}
     assert sum(call[0] == "fit" for call in kinds(world)) == 5 + 2 * 3
+
+
+def test_a_rate_that_collapses_for_another_seed_is_not_chosen_by_two(world):
+    """Of LoRA the rate that is best with seed 0 alone, 1e-3, comes to .74 there and to .17 with seed 1."""
+    world.measure(val={**VAL, "LoRA": {**VAL["LoRA"], "0.001": {"0": 0.74, "1": 0.17, "2": 0.74}}})
+    world.write((world.folder / "study.yaml").read_text() + "tune_seeds: [0, 1]\n")
+    assert world.run() == 0
+    fits, tests = ([call for call in kinds(world) if call[0] == verb] for verb in ("fit", "test"))
+    assert len(fits) == len(set(fits)) == 5 * 2 + 2  # a third seed of the chosen ones alone is left to fit
+    assert {(call[1], call[2], call[3]) for call in tests} == {
+        (method, rate, seed) for method, rate in (("LoRA", "0.003"), ("FullFineTune", "5e-05")) for seed in "012"
+    }
+    report = (world.out / "report.html").read_text()
+    assert "0.455 (0.740, 0.170)" in report
+    assert "0.720 (0.720, 0.720), chosen" in report
+    assert "Each was tried with seeds 0 and 1; the best mean accuracy on the validation split was chosen." in report
+
+
+def test_a_rate_that_fails_for_one_of_the_tuning_seeds_is_not_chosen(world):
+    world.write((world.folder / "study.yaml").read_text() + "tune_seeds: [0, 1]\n")
+    world.measure(fail=[["fit", "LoRA", "0.001", "1"]])
+    assert world.run() == 1
+    assert {call[2] for call in kinds(world) if call[:2] == ("test", "LoRA")} == {"0.003"}
+    assert "0.740, failed, exit code 3" in (world.out / "report.html").read_text()
+    assert "NOT TO BE BELIEVED" not in world.output
 
 
 @pytest.mark.parametrize("what", ["arguments", "recipe", "foreign"])

@@ -103,7 +103,7 @@ def test_baselines_have_a_trial_for_each_recipe_and_seed_without_rate_or_tuning(
     text = (
         (world.folder / "study.yaml").read_text().replace("recipe: recipe.yaml", "recipes: [recipe.yaml, other.yaml]")
     )
-    world.write(text + "baselines: [Majority, Nearest]\ntune_seed: 7\n")
+    world.write(text + "baselines: [Majority, Nearest]\ntune_seeds: 7\n")
     study = load_studies(Path("study.yaml"))[0]
     trials = study.untrained()
     assert [(t.recipe, t.method, t.seed) for t in trials] == [

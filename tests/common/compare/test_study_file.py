@@ -40,7 +40,7 @@ def test_a_part_says_what_is_its_own_and_has_the_rest_from_the_file(world):
     easy, hard = load_studies(Path("study.yaml"))
     assert [method.name for method in easy.methods] == ["LoRA", "FullFineTune"]
     assert [method.lrs for method in hard.methods] == [(1e-3, 3e-3)]
-    assert (easy.seeds, hard.seeds, hard.tune_seed) == ((0, 1), (2,), 2)
+    assert (easy.seeds, hard.seeds, hard.tune_seeds) == ((0, 1), (2,), (2,))
     assert (easy.baselines, hard.baselines) == ((), ("Majority",))
     assert easy.overrides == {"trainer.max_epochs": 4, "data.name": "tiny"}
     assert hard.overrides == {"trainer.max_epochs": 4, "data.name": "big"}
@@ -148,7 +148,7 @@ overrides: {--x: 1, model.optim.lr: 2, run: here}
 methods:
   LoRA: {peft: {class_path: LoRA, init: {}}, lr: [0, 1]}
   a/b: {pefts: {}, lr: yes}
-tune_seed: [1, 2]
+tune_seeds: [1, 1]
 """)
     with pytest.raises(GraftError) as error:
         load_studies(Path("study.yaml"))
@@ -165,7 +165,7 @@ tune_seed: [1, 2]
         "method 'a/b' cannot name a folder",
         "unknown key 'pefts'. Did you mean 'peft'?",
         "lr of method 'a/b' is \"yes\"",
-        "tune_seed is [1, 2]",
+        "tune_seeds is [1, 1]",
     ):
         assert words in text
     assert ".." not in text
