@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from common import __version__
+from common._lifeline import hold
 from common.domain import Domain, with_plugins
 from common.errors import GraftError, unknown
 
@@ -31,6 +32,7 @@ def run(argv: Sequence[str], builtin: Mapping[str, Domain]) -> int:
         0 when all went well, 1 when a comparison has failed trials, 2 for a mistake in what the user gave, 130 when
         interrupted.
     """
+    hold()
     try:
         domains = with_plugins(builtin)
         if argv and argv[0] in TRAINING:

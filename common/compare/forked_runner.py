@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from common._lifeline import end_with
 from common.compare.runner import Finished, Job, LocalRunner, Runner, ended
 
 _IMPORTED = ("common.cli.training",)  # with torch, lightning, peft and torchmetrics
@@ -122,6 +123,9 @@ def _work(line: Sequence[str], log: Path, environment: Mapping[str, str], folder
     os.environ.update(environment)  # what the imports set stays
     os.chdir(folder)
     _use_threads(int(environment[_THREADS]))
+    starter = multiprocessing.parent_process()
+    if starter is not None:
+        end_with(starter.sentinel)
     multiprocessing.set_start_method(None, force=True)  # loaders' workers start as they do elsewhere
     sys.path.insert(0, str(folder))
     sys.argv = list(line)

@@ -13,10 +13,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from common._lifeline import LIFELINE
 
 _POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
@@ -95,10 +97,14 @@ class LocalRunning:
     job: Job
     process: subprocess.Popen[bytes]
     started: float
+    lifeline: IO[bytes] | None  # which closes when this process ends, however it does
 
     def finished(self) -> Finished | None:
         """Return how it ended; None while it runs."""
-        return ended(self.job, self.process.poll(), self.started)
+        found = ended(self.job, self.process.poll(), self.started)
+        if found is not None and self.lifeline is not None:
+            self.lifeline.close()
+        return found
 
     def ask(self) -> None:
         """Ask it and its children to end."""
@@ -108,6 +114,7 @@ class LocalRunning:
         """End it and its children."""
         _send(self.process, "SIGKILL")
         self.process.wait()
+        self.finished()
 
 
 class LocalRunner:
@@ -117,11 +124,22 @@ class LocalRunner:
         """Start a process with these environment variables, in the current folder."""
         job.log.parent.mkdir(parents=True, exist_ok=True)
         with job.log.open("ab" if job.append else "wb") as log:
+            given, kept = os.pipe() if os.name == "posix" else (None, None)
+            environment = environment if given is None else {**environment, LIFELINE: str(given)}
             # A session of its own keeps a Ctrl-C of the terminal from reaching the child before we end it in order.
             process = subprocess.Popen(
-                job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                pass_fds=() if given is None else (given,),
             )
-        return LocalRunning(job=job, process=process, started=time.monotonic())
+            if given is not None:
+                os.close(given)
+        lifeline = None if kept is None else os.fdopen(kept, "wb")
+        return LocalRunning(job=job, process=process, started=time.monotonic(), lifeline=lifeline)
 
 
 def ended(job: Job, code: int | None, started: float) -> Finished | None:
