@@ -9,7 +9,7 @@ from pathlib import Path
 from common.compare.evidence import Block
 from common.compare.examples import contradicts, read_rows
 from common.compare.ledger import Ledger, digests_of
-from common.compare.results import Run, choose, tried
+from common.compare.results import Run, choose, tuning_runs
 
 CHECKS = (
     "the validation split alone chose each learning rate and weight decay",
@@ -75,7 +75,7 @@ def _selection(block: Block) -> Iterator[Finding]:
     """Choose again by the validation results, and compare."""
     for method in block.study.methods:
         own = [run for run in block.runs if run.trial.method == method.name]
-        best = choose(tried(block.study, method, own))
+        best = choose(tuning_runs(block.study, method, own))
         chosen = {run.trial.setting for run in own if run.chosen}
         if best is not None and chosen and chosen != {best}:
             told = " and ".join(sorted(setting.words for setting in chosen if setting is not None))

@@ -16,7 +16,7 @@ from common.compare._plots import Point, curves_svg, pareto_svg
 from common.compare._samples import Example, Group, pictured_examples, sample_groups
 from common.compare.evidence import COSTS, Block, Standing
 from common.compare.integrity import CHECKS, Finding
-from common.compare.results import MEMORY_PARTS, Metrics, Row, Run, by_setting, tried, tuning_score
+from common.compare.results import MEMORY_PARTS, Metrics, Row, Run, by_setting, tuning_runs, tuning_score
 from common.compare.study import Setting, Study, Trial
 from common.compare.summary import Summary, offered, overview, summarise
 from common.compare.tables import NOTHING, amount, columns, preparing, share, worst_notes
@@ -264,7 +264,7 @@ def _tuning(study: Study, runs: Sequence[Run]) -> list[tuple[str, tuple[Tried, .
     for method in study.methods:
         own = [run for run in runs if run.trial.method == method.name]
         winners = {run.trial.setting for run in own if run.chosen}
-        groups = by_setting(tried(study, method, own))
+        groups = by_setting(tuning_runs(study, method, own))
         lists.append((method.name, tuple(_tried(one, runs, one in winners) for one, runs in groups.items())))
     return lists
 

@@ -268,15 +268,9 @@ def tuning_score(runs: Sequence[Run]) -> float | None:
     return statistics.fmean(finite) if finite and len(finite) == len(runs) else None
 
 
-def tried(study: Study, method: Method, runs: Iterable[Run]) -> list[Run]:
-    """Keep the runs by which a method's setting is chosen."""
-    return [
-        run
-        for run in runs
-        if run.trial.method == method.name
-        and run.trial.seed in study.tune_seeds
-        and run.trial.setting in method.settings
-    ]
+def tuning_runs(study: Study, method: Method, runs: Iterable[Run]) -> list[Run]:
+    """Keep of a method's runs those by which its setting is chosen."""
+    return [run for run in runs if run.trial.seed in study.tune_seeds and run.trial.setting in method.settings]
 
 
 def make_rows(study: Study, runs: Sequence[Run]) -> list[Row]:
