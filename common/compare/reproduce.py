@@ -41,6 +41,8 @@ class Verdict:
         published: The published figure.
         source: Paper and table.
         differs: How the protocol differs from the published one.
+        at_an_end: The methods whose rate is the lowest or highest that was tried, with the rate: a better one may lie
+            beyond.
         date: When, UTC.
         commit: Graft's commit, or its version where there is none.
     """
@@ -54,6 +56,7 @@ class Verdict:
     published: str
     source: str
     differs: str
+    at_an_end: tuple[str, ...]
     date: str
     commit: str
 
@@ -140,6 +143,9 @@ def _verdict(card: Card, scale: ScaleName, out: Path, runner: _Runner) -> Verdic
         published=f"{card.figure} ({card.protocol})",
         source=f"{card.paper}, {card.table}",
         differs=own.differs,
+        at_an_end=tuple(
+            f"{block.label}: {row.method} ({row.lr:g})" for block in blocks for row in block.rows if row.at_an_end
+        ),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
     )
@@ -204,8 +210,14 @@ def _markdown(verdicts: Sequence[Verdict]) -> str:
     for v in verdicts:
         cells = (f"{v.statement} (`{v.card}`)", v.verdict, v.figures, f"{v.published}; {v.source}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", "Runs:", ""]
-    lines += [f"- `{v.card}`: {', '.join(f'`{run}`' for run in v.runs)}" for v in verdicts if v.runs]
-    lines += ["", "How the protocols differ from the published ones:", ""]
-    lines += [f"- `{v.card}`: {v.differs}" for v in verdicts if v.differs]
+    below = {
+        "Runs": {v.card: ", ".join(f"`{run}`" for run in v.runs) for v in verdicts},
+        "How the protocols differ from the published ones": {v.card: v.differs for v in verdicts},
+        "Learning rates at an end of those that were tried, so that a better one may lie beyond": {
+            v.card: "; ".join(v.at_an_end) for v in verdicts
+        },
+    }
+    for title, told in below.items():
+        items = [f"- `{card}`: {text}" for card, text in told.items() if text]
+        lines += ["", f"{title}:", "", *items] if items else []
     return "\n".join(lines) + "\n"

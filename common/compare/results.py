@@ -175,6 +175,11 @@ class Row:
         """How many settings it could choose from."""
         return len(self.grid) * max(1, len(self.decays))
 
+    @property
+    def at_an_end(self) -> bool:
+        """Whether its rate is the lowest or highest of several, so that a better one may lie beyond."""
+        return self.lr is not None and len(self.grid) > 1 and self.lr in (min(self.grid), max(self.grid))
+
     def prepared_cost(self, name: str) -> float | None:
         """The sum of a cost of what it starts from; None where it starts from nothing, or one is unknown."""
         known = [value for start in self.starts if (value := start.cost(name)) is not None]

@@ -226,9 +226,7 @@ def _tuning(rows: Sequence[Row]) -> list[str]:
     if len({row.settings for row in rows}) > 1:
         counts = _listed([f"{row.method} {row.settings}" for row in rows])
         lines.append(f"Not every method had the same number of {offered(rows)} to choose from ({counts}).")
-    ends = [
-        row for row in rows if row.lr is not None and len(row.grid) > 1 and row.lr in (min(row.grid), max(row.grid))
-    ]
+    ends = [row for row in rows if row.at_an_end]
     if ends:
         rates = _listed([f"{row.method} ({row.lr:g})" for row in ends])
         lines.append(f"At an end of the learning rates on offer, so that a better one may lie beyond: {rates}.")

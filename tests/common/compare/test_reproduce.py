@@ -58,12 +58,14 @@ def test_a_study_runs_once_for_all_cards_and_never_again(cards, world):
     assert "study: LoRA is 0.103 better than FullFineTune" in one["figures"]
     assert "runs/small/recipe/LoRA/lr-0.001-seed-2" in one["runs"]
     assert len(one["runs"]) == 6
+    assert one["at_an_end"] == ["study: FullFineTune (5e-05)"]  # of two; LoRA's is in the middle of three
     assert one["commit"]
     assert one["date"].startswith("20")
     text = Path("out/verdicts.md").read_text()
     assert "**3 claims**: 1 holds, 1 does not hold, 1 not runnable here." in text
     assert "| LoRA is ahead. (`later`) | not runnable here | not built yet |" in text
     assert "- `ahead`: small" in text
+    assert "a better one may lie beyond:\n\n- `ahead`: study: FullFineTune (5e-05)\n" in text
     world.forget()
     cards()
     assert world.calls() == []
