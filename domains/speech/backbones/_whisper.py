@@ -49,8 +49,16 @@ class WhisperFront:
         if augment is not None:
             time, bands = augment.masks(2 * own, 2 * frames, self.bands)
             mel = mel.masked_fill(time.unsqueeze(1) | bands.unsqueeze(2), 0.0)
-        features = self._run(encoder, mel, every=every)
+        pieces = [mel] if torch.is_grad_enabled() or mel.device.type != "cpu" else mel.split(self._at_once(frames))
+        features = torch.cat([self._run(encoder, piece, every=every) for piece in pieces])
         return features, torch.arange(frames, device=audio.device) < own.unsqueeze(1)
+
+    def _at_once(self, frames: int) -> int:
+        """Return how many clips of this many features a processor hears at a time: together one whole context.
+
+        More of them leave its cache, and each of their activations is memory that the system has to find anew.
+        """
+        return max(1, self.positions // frames)
 
     @staticmethod
     def _run(encoder: Any, mel: Tensor, *, every: bool) -> Tensor:  # noqa: ANN401

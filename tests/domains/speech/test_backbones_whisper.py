@@ -111,13 +111,27 @@ def test_at_short_context_features_are_those_of_a_whisper_with_fewer_positions(b
 def test_blocks_are_never_skipped_and_drop_out_is_on_in_training_alone(built):
     called = []
     for block in built.model.model.encoder.layers:
-        block.register_forward_hook(lambda *_: called.append(1))
+        block.register_forward_hook(lambda _, inputs, __: called.append(len(inputs[0])))
     built.model.train()
     first, second = (run(built, *noise())[0] for _ in range(2))
-    assert len(called) == 2 * built.layers
+    assert sum(called) == 2 * built.layers * 3  # clips
     assert not torch.allclose(first, second)
     built.model.eval()
     assert torch.equal(run(built, *noise())[0], run(built, *noise())[0])
+
+
+def test_without_gradients_a_processor_hears_one_context_at_a_time_and_the_same(built):
+    audio, lengths = noise()  # the longest has half of the context's 100 features
+    heard = []
+    built.model.model.encoder.layers[0].register_forward_hook(lambda _, inputs, __: heard.append(inputs[0].shape[:2]))
+    for full, pieces in ((False, [(2, 50), (1, 50)]), (True, [(1, POSITIONS)] * 3)):
+        alone, _ = run(built, audio, lengths, full_context=full)
+        assert heard == pieces
+        heard.clear()
+        together, _ = encode(built, built.model, audio, lengths, full_context=full)
+        assert heard == [(3, pieces[0][1])]
+        heard.clear()
+        torch.testing.assert_close(alone, together.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_spec_augment_hides_within_the_utterance_and_follows_the_seed(built):
