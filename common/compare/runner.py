@@ -157,38 +157,36 @@ def cpu_count() -> int:
 
 
 def run_jobs(
-    jobs: Sequence[Job],
+    possible: Callable[[], Sequence[Job]],
     *,
     width: int,
     threads: int,
     console: Console,
     describe: Callable[[Finished], str],
     runner: Runner | None = None,
-) -> list[Finished]:
-    """Run processes, at most `width` at a time, and wait for all of them.
+) -> None:
+    """Run processes, at most `width` at a time, and what becomes possible by them, until nothing is left.
 
     A process that fails is noted and does not stop the others. On Ctrl-C (or a signal that ends this process) the
     children are asked to stop, ended if they do not within ten seconds, and `KeyboardInterrupt` goes on.
 
     Args:
-        jobs: What to run, in the order of starting.
+        possible: Returns what can start now and was not returned before, in the order of starting; asked at the
+            beginning and whenever processes have ended.
         width: How many run side by side.
         threads: What each process gets as `OMP_NUM_THREADS`.
         console: Where progress goes: live on a terminal, else one line for each event.
-        describe: Words the line that tells how a process ended.
+        describe: Words the line that tells how a process ended; called before `possible` is asked again.
         runner: Where they run; by default on this machine.
-
-    Returns:
-        How each ended, in the order of `jobs`.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     runner = runner or LocalRunner()
-    waiting, running = list(jobs), dict[TaskID, Running]()
-    outcomes: dict[int, Finished] = {}
+    running = dict[TaskID, Running]()
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     board = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with _signals_as_interrupts(), board as progress:
         try:
+            waiting = list(possible())
             while waiting or running:
                 while waiting and len(running) < width:
                     job = waiting.pop(0)
@@ -196,18 +194,18 @@ def run_jobs(
                         _say(console, f"start   {job.title}")
                     running[progress.add_task(job.title, total=None)] = runner.start(job, environment)
                 time.sleep(_POLL_SECONDS)
-                for task, finished in [(task, item.finished()) for task, item in running.items()]:
-                    if finished is not None:
-                        del running[task]
-                        progress.remove_task(task)
-                        outcomes[id(finished.job)] = finished
-                        _say(console, describe(finished))
+                ends = [(task, end) for task, item in running.items() if (end := item.finished()) is not None]
+                for task, end in ends:
+                    del running[task]
+                    progress.remove_task(task)
+                    _say(console, describe(end))
+                if ends:
+                    waiting += possible()
         except KeyboardInterrupt:
             _say(console, f"stopping {len(running)} running process(es)")
             raise
         finally:
             stop(list(running.values()))
-    return [outcomes[id(job)] for job in jobs]
 
 
 def stop(running: Sequence[Running], grace: float = GRACE_SECONDS) -> None:

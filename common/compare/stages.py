@@ -1,5 +1,7 @@
 """The course of a study: prepare, baselines, tune, choose, repeat over seeds, test what was chosen, write the results.
 
+Methods do not wait for each other: one that is tuned goes on with further seeds. Tests wait until all are tuned.
+
 Every step is a command that a person can run again: it is written to `command.txt` in the run folder. A study that
 was stopped goes on where it was; a run folder that came from another command is refused, never overwritten.
 """
@@ -7,25 +9,23 @@ was stopped goes on where it was; a run folder that came from another command is
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
+import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from common._yaml import load_yaml
 from common.compare.evidence import Block, make_blocks, stand
 from common.compare.forked_runner import local_runner
 from common.compare.integrity import Finding, check
 from common.compare.ledger import Ledger
-from common.compare.prepared import ADAPTER, Preparation, adapter_digest
+from common.compare.origin import record_of, refuse_foreign_folders
+from common.compare.prepared import ADAPTER, Preparation
 from common.compare.records import write_csv, write_parquet
 from common.compare.report import write_report
 from common.compare.results import Failure, Metrics, Run, choose, read_metrics
@@ -114,7 +114,7 @@ def run_studies(
     console, first = console or Console(), studies[0]
     width = min(jobs or max(1, cpu_count() // 2), max(len(study.tuning()) for study in studies))
     for study in studies:
-        _refuse_foreign_folders(study)
+        refuse_foreign_folders(study)
     if options.parquet:
         need_parquet("--parquet")
     runner = _runner(options.runner, width, command)
@@ -170,8 +170,23 @@ def _sole_use(folder: Path) -> Generator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A process of a study: `prepare`, `export`, `baseline`, `fit` or `test`, and of what."""
+
+    verb: str
+    made: Trial | Preparation
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Session:
-    """One call of `compare`: the study, how its processes run, and what failed so far."""
+    """One call of `compare`: the study, how its processes run, and how far it is.
+
+    Attributes:
+        begun: What was handed to the runner.
+        underway: Of it what has not ended, by run folder: the verb.
+        chosen: By recipe and method the runs with the chosen settings: the tuned ones and the further seeds.
+        failures: By run folder how a process failed.
+    """
 
     study: Study
     command: tuple[str, ...]
@@ -179,115 +194,154 @@ class _Session:
     console: Console
     ledger: Ledger
     runner: Runner
+    begun: set[_Step] = field(default_factory=set["_Step"])
+    underway: dict[Path, str] = field(default_factory=dict[Path, str])
+    chosen: dict[tuple[str, str], list[Trial]] = field(default_factory=dict[tuple[str, str], list[Trial]])
     failures: dict[Path, Failure] = field(default_factory=dict[Path, Failure])
 
     def run(self) -> list[Run]:
-        """Take the study through its stages; return every run of it."""
-        self.ledger.adopt([made.folder for made in (*self.study.needed(), *self.study.possible())])
+        """Take the study through its course; return every run of it."""
+        study = self.study
+        self.ledger.adopt([made.folder for made in (*study.needed(), *study.possible())])
         self._prepare()
-        untrained = self._fit(self.study.untrained(), "baselines") if self.study.baselines else []
-        tuned = self._fit(self.study.tuning(), "tuning")
-        winners = self._winners(tuned)
-        fitted = self._fit([trial for trial in winners if trial.seed not in self.study.tune_seeds], "repeating")
-        chosen = [trial for trial in winners if trial.seed in self.study.seeds]
-        self._test(chosen)
-        folders = {trial.folder for trial in (*chosen, *self.study.untrained())}
-        runs = [self._read(run.trial) for run in (*untrained, *tuned, *fitted)]
-        return [replace(run, chosen=run.trial.folder in folders) for run in runs]
+        untrained, tuning = study.untrained(), study.tuning()
+        for stage, trials in (("baselines", untrained), ("tuning", tuning)):
+            if trials:
+                self._announce(stage, len(trials), sum(_fitted(self._read(trial)) for trial in trials))
+        self._run(self._due)
+        repeated = [trial for trial in self._winners() if trial.seed not in study.tune_seeds]
+        kept = {trial.folder for trial in (*self._tested(), *untrained)}
+        runs = [self._read(trial) for trial in (*untrained, *tuning, *repeated)]
+        return [replace(run, chosen=run.trial.folder in kept) for run in runs]
 
     def _prepare(self) -> None:
         """Fit and export what methods start from; what starts from something that failed fails with its words."""
         needed = self.study.needed()
-        todo = [one for one in needed if not one.adapter.is_dir()]
         if not needed:
             return
-        self._say(f"preparing: {len(needed)} adapters, {len(needed) - len(todo)} of them there already")
-        jobs: dict[Path, Job] = {}
-        for one in todo:
-            if not _has_fit(one.folder):
-                jobs[one.folder] = self._fit_job(one, f"prepare {one.name}")
-        self._run(jobs, "prepare")
-        exports: dict[Path, Job] = {}
-        for one in todo:
-            if one.folder not in self.failures:
-                line, log = (*self.command, *one.export), one.folder / "log.txt"
-                exports[one.folder] = Job(title=f"export {one.name}", command=line, log=log, append=True)
-        self._run(exports, "export")
-        _refuse_foreign_folders(self.study)  # now that the adapters are there to be compared
+        self._announce("preparing", len(needed), sum(one.adapter.is_dir() for one in needed), "adapters")
 
-    def _winners(self, tuned: Sequence[Run]) -> list[Trial]:
-        """The runs with the chosen settings: the tuned ones and the seeds still to fit."""
-        winners: list[Trial] = []
-        for recipe in self.study.recipes:
-            for method in self.study.methods:
-                own = [run for run in tuned if (run.trial.recipe, run.trial.method) == (recipe, method.name)]
-                setting = choose(own)
-                if setting is None:
-                    continue
-                seeds = dict.fromkeys((*self.study.tune_seeds, *self.study.seeds))
-                winners += [self.study.trial(recipe, method, setting, seed) for seed in seeds]
-        return winners
+        def due() -> list[_Step]:
+            todo = [one for one in needed if not one.adapter.is_dir() and one.folder not in self.failures]
+            fits = [_Step(verb="prepare", made=one) for one in todo]
+            return [_Step(verb="export", made=fit.made) if self._fit_is_over(fit) else fit for fit in fits]
 
-    def _fit(self, trials: Sequence[Trial], stage: str) -> list[Run]:
-        runs = {trial.folder: self._read(trial) for trial in trials}
-        todo = [trial for trial in trials if not _fitted(runs[trial.folder])]
-        self._say(f"{stage}: {len(trials)} runs, {len(trials) - len(todo)} of them there already")
-        jobs: dict[Path, Job] = {}
-        for trial in todo:
+        self._run(due)
+        refuse_foreign_folders(self.study)  # now that the adapters are there to be compared
+
+    def _due(self) -> list[_Step]:
+        """What can run now: baselines and tuning, the further seeds of a method that is tuned, and then the tests.
+
+        No test split is read before the settings of every method are chosen, and a choice is made once.
+        """
+        baselines = self._todo("baseline", self.study.untrained())
+        tuning = self._todo("fit", self.study.tuning())
+        self._choose_where_tuned({step.made.folder for step in tuning})
+        fits = list(dict.fromkeys((*tuning, *self._todo("fit", self._winners()))))
+        if len(self.chosen) < len(self.study.recipes) * len(self.study.methods):
+            return [*baselines, *fits]
+        busy = {*self.underway, *(step.made.folder for step in fits)}
+        runs = [self._read(trial) for trial in self._tested() if trial.folder not in busy]
+        tests = [_Step(verb="test", made=run.trial) for run in runs if _fitted(run) and not _measured(run)]
+        return [*baselines, *fits, *tests]
+
+    def _todo(self, verb: str, trials: Sequence[Trial]) -> list[_Step]:
+        """Those that are neither fitted nor failed; one that starts from what failed fails now, with its words."""
+        todo: list[_Step] = []
+        for trial in trials:
+            step = _Step(verb=verb, made=trial)
+            if trial.folder in self.failures or self._fit_is_over(step):
+                continue
             lost = next((self.failures[one.folder] for one in trial.prepared if one.folder in self.failures), None)
             if lost:
                 self.failures[trial.folder] = lost
             else:
-                jobs[trial.folder] = self._fit_job(trial, self._title(trial), resumes=not trial.baseline)
-        self._run(jobs, "baseline" if stage == "baselines" else "fit")
-        return [self._read(trial) for trial in trials]
+                todo.append(step)
+        return todo
 
-    def _fit_job(self, made: Trial | Preparation, title: str, *, resumes: bool = True) -> Job:
-        # Decided first: writing our own files must not look like the traces of a run.
-        resume = resumes and any((made.folder / name).exists() for name in _TRACES)
-        self._write_commands(made, [made.fit, *([made.export] if isinstance(made, Preparation) else [])])
-        line = (*self.command, *made.fit, *(("--resume",) if resume else ()))
-        return Job(title=title, command=line, log=made.folder / "log.txt", append=resume)
+    def _fit_is_over(self, step: _Step) -> bool:
+        """Whether a fit left its result, and its process ended; a record that may be half written is not read."""
+        verb = self.underway.get(step.made.folder)
+        if verb is not None:
+            return verb != step.verb
+        return _has_fit(step.made.folder) if isinstance(step.made, Preparation) else _fitted(self._read(step.made))
 
-    def _test(self, trials: Sequence[Trial]) -> None:
-        fitted = [run for run in map(self._read, trials) if _fitted(run)]
-        todo = [run.trial for run in fitted if run.metrics is not None and run.metrics.test is None]
-        self._say(f"testing: {len(fitted)} runs, {len(fitted) - len(todo)} of them there already")
-        jobs: dict[Path, Job] = {}
-        for trial in todo:
-            self._write_commands(trial, [trial.fit, trial.test])
-            title, line = f"test {self._title(trial)}", (*self.command, *trial.test)
-            jobs[trial.folder] = Job(title=title, command=line, log=trial.folder / "log.txt", append=True)
-        self._run(jobs, "test")
+    def _choose_where_tuned(self, untuned: Collection[Path]) -> None:
+        """Choose the settings of each method of which no tuning run is left to do."""
+        study, open_before = self.study, len(self.chosen)
+        for recipe, method in itertools.product(study.recipes, study.methods):
+            key = recipe, method.name
+            own = [trial for trial in study.tuning() if (trial.recipe, trial.method) == key]
+            if key in self.chosen or any(trial.folder in untuned for trial in own):
+                continue
+            setting = choose([self._read(trial) for trial in own])
+            seeds = dict.fromkeys((*study.tune_seeds, *study.seeds))
+            self.chosen[key] = [study.trial(recipe, method, setting, seed) for seed in seeds] if setting else []
+            further = [trial for trial in self.chosen[key] if trial.seed not in study.tune_seeds]
+            there = sum(self._fit_is_over(_Step(verb="fit", made=trial)) for trial in further)
+            words = "none, since each failed" if setting is None else f"lr {setting.words}"
+            self._announce(f"chosen  {study.labels[recipe]} {method.name} {words}; further seeds", len(further), there)
+        if open_before < len(self.chosen) == len(study.recipes) * len(study.methods):
+            idle = [trial for trial in self._tested() if trial.folder not in self.underway]
+            self._announce("testing", len(self._tested()), sum(_measured(self._read(trial)) for trial in idle))
 
-    def _run(self, jobs: Mapping[Path, Job], verb: str) -> None:
-        """Run jobs and note which failed; a good exit code without the result that belongs to it is a failure."""
-        if not jobs:
-            return
-        folders = {id(job): folder for folder, job in jobs.items()}
+    def _winners(self) -> list[Trial]:
+        """The runs with the settings chosen so far: the tuned ones and the further seeds."""
+        keys = itertools.product(self.study.recipes, (method.name for method in self.study.methods))
+        return [trial for key in keys for trial in self.chosen.get(key, ())]
 
-        def describe(finished: Finished) -> str:
-            folder, title = folders[id(finished.job)], finished.job.title
-            result, damage = _left(folder, verb, self.study.metric)
-            if finished.code == 0 and result:
-                self.ledger.note(verb, folder)
-                return f"done    {title}  {result}  {finished.seconds:.0f} s"
-            log_tail = finished.tail or "(the log is empty)"
-            if finished.code == 0:
-                log_tail += f"\n{verb} ended with exit code 0 but left no result{damage}"
-            self.failures[folder] = Failure(verb=verb, code=finished.code, tail=log_tail)
-            indented = "\n".join(f"        {line}" for line in log_tail.splitlines())
-            return f"FAILED  {title}  exit code {finished.code}, log: {finished.job.log}\n{indented}"
+    def _tested(self) -> list[Trial]:
+        return [trial for trial in self._winners() if trial.seed in self.study.seeds]
 
-        threads = max(1, cpu_count() // self.width)
+    def _run(self, due: Callable[[], Sequence[_Step]]) -> None:
+        """Run what is due until nothing new is."""
+        steps: dict[Job, _Step] = {}
+
+        def possible() -> list[Job]:
+            new = [step for step in due() if step not in self.begun]
+            self.begun.update(new)
+            self.underway.update((step.made.folder, step.verb) for step in new)
+            jobs = [self._job(step) for step in new]
+            steps.update(zip(jobs, new, strict=True))
+            return jobs
+
         run_jobs(
-            list(jobs.values()),
+            possible,
             width=self.width,
-            threads=threads,
+            threads=max(1, cpu_count() // self.width),
             console=self.console,
-            describe=describe,
+            describe=lambda finished: self._ended(finished, steps[finished.job]),
             runner=self.runner,
         )
+
+    def _job(self, step: _Step) -> Job:
+        made, verb, log = step.made, step.verb, step.made.folder / "log.txt"
+        if verb in ("prepare", "baseline", "fit"):
+            # Decided first: writing our own files must not look like the traces of a run.
+            resume = verb != "baseline" and any((made.folder / name).exists() for name in _TRACES)
+            self._write_record(made)
+            self._write_commands(made, [made.fit, *([made.export] if isinstance(made, Preparation) else [])])
+            title = f"prepare {made.name}" if isinstance(made, Preparation) else self._title(made)
+            line = (*self.command, *made.fit, *(("--resume",) if resume else ()))
+            return Job(title=title, command=line, log=log, append=resume)
+        if isinstance(made, Preparation):
+            return Job(title=f"export {made.name}", command=(*self.command, *made.export), log=log, append=True)
+        self._write_commands(made, [made.fit, made.test])
+        return Job(title=f"test {self._title(made)}", command=(*self.command, *made.test), log=log, append=True)
+
+    def _ended(self, finished: Finished, step: _Step) -> str:
+        """Note how a process ended and word it; a good exit code without the result that belongs to it is a failure."""
+        del self.underway[step.made.folder]
+        folder, title, log_tail = step.made.folder, finished.job.title, finished.tail or "(the log is empty)"
+        result, damage = _left(folder, step.verb, self.study.metric)
+        if finished.code == 0 and result:
+            self.ledger.note(step.verb, folder)
+            return f"done    {title}  {result}  {finished.seconds:.0f} s"
+        if finished.code == 0:
+            log_tail += f"\n{step.verb} ended with exit code 0 but left no result{damage}"
+        self.failures[folder] = Failure(verb=step.verb, code=finished.code, tail=log_tail)
+        indented = "\n".join(f"        {line}" for line in log_tail.splitlines())
+        return f"FAILED  {title}  exit code {finished.code}, log: {finished.job.log}\n{indented}"
 
     def _read(self, trial: Trial) -> Run:
         failure = self.failures.get(trial.folder)
@@ -299,15 +353,18 @@ class _Session:
         made.folder.mkdir(parents=True, exist_ok=True)
         text = "".join(shlex.join((*self.command, *line)) + "\n" for line in lines)
         (made.folder / "command.txt").write_text(text, encoding="utf-8")
-        if lines[-1][0] != "test":
-            record = json.dumps({**_record(made), "side_by_side": self.width}, indent=2)
-            (made.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
+
+    def _write_record(self, made: Trial | Preparation) -> None:
+        made.folder.mkdir(parents=True, exist_ok=True)
+        record = json.dumps({**record_of(made), "side_by_side": self.width}, indent=2)
+        (made.folder / "trial.json").write_text(record + "\n", encoding="utf-8")
 
     def _title(self, trial: Trial) -> str:
         rate = "" if trial.setting is None else f" lr {trial.setting.words}"
         return f"{self.study.labels[trial.recipe]} {trial.method}{rate} seed {trial.seed}"
 
-    def _say(self, line: str) -> None:
+    def _announce(self, stage: str, number: int, there: int, what: str = "runs") -> None:
+        line = f"{stage}: {number} {what}, {there} of them there already"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -341,42 +398,8 @@ def _fitted(run: Run) -> bool:
     return run.metrics is not None and run.metrics.fitted and run.failure is None
 
 
-def _refuse_foreign_folders(study: Study) -> None:
-    """Raise one error for every run folder that came from another command than this study's."""
-    problems: list[str] = []
-    digest = functools.cache(adapter_digest)  # of many trials that start from one adapter
-    for made in (*study.needed(), *study.possible()):
-        stored = made.folder / "trial.json"
-        if stored.exists():
-            problem = _foreign(json.loads(stored.read_text(encoding="utf-8")), _record(made, digest))
-            problems += [f"'{made.folder}' {problem}"] if problem else []
-        elif (made.folder / "metrics.json").exists():
-            problems.append(f"'{made.folder}' holds a run that this study did not start")
-    if problems:
-        lines = "".join(f"\n- {problem}." for problem in problems)
-        raise GraftError(f"Results of different commands cannot be mixed. Delete these or give another --out:{lines}")
-
-
-def _record(made: Trial | Preparation, digest: Callable[[Path], str] = adapter_digest) -> dict[str, Any]:
-    """What trial.json says: the command without its folder, which may move, the recipe, and what it starts from."""
-    recipe = json.dumps(load_yaml(Path(made.recipe)), sort_keys=True, default=str)
-    record = {"arguments": list(made.stated), "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
-    starts = {one.name: {**_record(one), "adapter": digest(one.folder)} for one in made.prepared}
-    return record | ({"prepared": starts} if starts else {})
-
-
-def _foreign(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say in what a stored trial is another one; how many ran side by side makes none."""
-    if any(stored.get(key) != now[key] for key in ("arguments", "recipe_sha256")):
-        return "was made by another command or an earlier text of its recipe"
-    before, starts = stored.get("prepared", {}), now.get("prepared", {})
-    for name in {**before, **starts}:
-        one, other = dict(before.get(name, {})), dict(starts.get(name, {}))
-        if not other.get("adapter"):  # which is not there at the moment
-            one["adapter"] = other["adapter"] = ""
-        if one != other:
-            return f"started from another '{name}' than the study's"
-    return ""
+def _measured(run: Run) -> bool:
+    return run.metrics is not None and run.metrics.test is not None
 
 
 def _write(study: Study, blocks: Sequence[Block], findings: Sequence[Finding], console: Console) -> int:

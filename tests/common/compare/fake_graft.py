@@ -2,6 +2,7 @@
 
 The world: {"val": {method: {lr: number, or {seed: number}}}, "test": {method: {seed: number}},
 "fail": [[verb, method, lr, seed], ...], "silent": (the same, ending well but without a result), "sleep": seconds,
+"awaits": [[verb, method, lr, seed, the run folder that it waits for to be fitted], ...],
 "classes": [...], "pictures": [...], "rows": {method: [row of predictions.jsonl, ...]}, "mode": "max",
 "shared": {"train-test": n}, "garbage": {method: what stands in metrics.json}, "named_splits": whether the test split is
 told by `data.name`}.
@@ -43,6 +44,14 @@ def main() -> int:
     if world.get("sleep"):
         (run / "last.ckpt").write_text("half way")
         time.sleep(world["sleep"])
+    awaited = [
+        Path(folder, "metrics.json") for *call, folder in world.get("awaits", []) if call == [verb, method, lr, seed]
+    ]
+    patience = time.monotonic() + 20
+    while not all(path.exists() for path in awaited):
+        if time.monotonic() > patience:
+            return 5
+        time.sleep(0.01)
     if [verb, method, lr, seed] in world.get("fail", []):
         print("Traceback: the loss is <not> a number", file=sys.stderr)  # noqa: T201
         return 3

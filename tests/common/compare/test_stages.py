@@ -36,9 +36,30 @@ def test_a_study_tunes_at_one_seed_repeats_the_winner_and_tests_only_that(world)
     winners = {"LoRA": "0.001", "FullFineTune": "5e-05"}
     assert len(fits) == len(set(fits)) == 5 + 2 * 2
     assert sorted(tests) == sorted((method, lr, seed) for method, lr in winners.items() for seed in "012")
-    assert max(i for i, call in enumerate(calls) if call[0] == "fit") < calls.index(("test", *tests[0]))
+    tunes = [place for place, call in enumerate(calls) if call[0] == "fit" and call[3] == "0"]
+    assert len(tunes) == 5
+    assert all(calls.index(("fit", *test)) < calls.index(("test", *test)) > max(tunes) for test in tests)
     for name in ("results.csv", "results.md", "report.html"):
         assert (world.out / name).stat().st_size > 0
+
+
+def test_a_tuned_method_goes_on_while_another_is_tuned_and_no_test_is_read_before_all_are(world):
+    """A rate of full fine-tuning waits for LoRA's last seed, which cannot start before all of LoRA's rates ended."""
+    slow = ["fit", "FullFineTune", "1e-05", "0"]
+    world.measure(awaits=[[*slow, str(world.out / "recipe/LoRA/lr-0.001-seed-2")]])
+    assert world.run(jobs=2) == 0, world.output
+    lines = [line for line in world.output.splitlines() if line.startswith(("start", "done", "chosen", "testing"))]
+    marks = [
+        next(place for place, line in enumerate(lines) if line.startswith(beginning))
+        for beginning in (
+            "chosen  recipe LoRA lr 0.001; further seeds: 2 runs, 0 of them there already",
+            "done    recipe FullFineTune lr 1e-05 seed 0",
+            "chosen  recipe FullFineTune lr 5e-05; further seeds: 2 runs, 0 of them there already",
+            "testing: 6 runs, 0 of them there already",
+            "start   test ",
+        )
+    ]
+    assert marks == sorted(marks)
 
 
 def test_the_rate_is_chosen_on_validation_even_where_the_test_split_would_choose_otherwise(world):
@@ -172,11 +193,11 @@ def test_a_folder_of_another_command_is_refused_before_anything_runs(world, what
 def test_baselines_run_once_a_seed_before_all_else_and_never_again(world):
     world.add_baselines()
     assert world.run() == 0
-    calls = kinds(world)
-    expected = {("baseline", name, "-", seed) for name in ("Majority", "Nearest") for seed in "012"}
-    assert set(calls[:6]) == expected
-    assert not expected & set(calls[6:])
-    assert not {call[1] for call in calls[6:]} & {"Majority", "Nearest"}
+    baselines = [(name, seed) for name in ("Majority", "Nearest") for seed in "012"]
+    starts = [line.removeprefix("start   ") for line in world.output.splitlines() if line.startswith("start ")]
+    assert starts[:6] == [f"recipe {name} seed {seed}" for name, seed in baselines]
+    own = [call for call in kinds(world) if call[1] in ("Majority", "Nearest")]
+    assert sorted(own) == [("baseline", name, "-", seed) for name, seed in baselines]
     assert "baselines: 6 runs, 0 of them there already" in world.output
     assert "done    recipe Nearest seed 1  test accuracy 0.5400" in world.output
     folder = world.out / "recipe/Nearest/seed-1"
