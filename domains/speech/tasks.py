@@ -40,7 +40,9 @@ class Seq2SeqRecognition(Recognition):
         optim: Optimizer and schedule.
         context: What the encoder sees: `audio` pads to the longest clip of a batch, which is several times cheaper for
             short clips; `full` pads to the 30 s that Whisper was trained with; `auto` takes `audio` where all clips of
-            the data are short. With less than the full context, a test also reports all error rates at full context.
+            the data are short.
+        full_context_test: With less than the full context, let a test report all error rates at full context too, which
+            takes most of its time.
         language: Language of the audio, for a multilingual Whisper (`es`); None takes the data's.
         beams: Beams of the search in test and prediction; 1 is greedy.
         max_tokens: Most tokens to write for a clip; None for as many as the decoder has positions.
@@ -65,6 +67,7 @@ class Seq2SeqRecognition(Recognition):
         peft: MethodSpec,
         optim: OptimSpec = OptimSpec(),  # noqa: B008  (frozen)
         context: Context = "auto",
+        full_context_test: bool = True,
         language: str | None = None,
         beams: int = 1,
         max_tokens: int | None = None,
@@ -104,6 +107,7 @@ class Seq2SeqRecognition(Recognition):
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.full_context_test = full_context_test
 
     @property
     def tokens(self) -> TextTokens:
@@ -256,6 +260,7 @@ class CTCRecognition(Recognition):
         vocabulary: `characters` learns a new output layer over the characters of the training texts; `checkpoint` goes
             on with the output layer and the symbols that came with the weights; `auto` takes these where there are any.
         context: See `Seq2SeqRecognition`; only a Whisper's encoder has a context.
+        full_context_test: See `Seq2SeqRecognition`.
         layers: Keep only the first layers of the encoder.
         spec_augment: Hide times and bands of the training audio; None does not.
         pretrained: Start from pretrained weights.
@@ -271,6 +276,7 @@ class CTCRecognition(Recognition):
         optim: OptimSpec = OptimSpec(),  # noqa: B008  (frozen)
         vocabulary: Vocabulary = "auto",
         context: Context = "auto",
+        full_context_test: bool = True,
         layers: int | None = None,
         spec_augment: SpecAugment | None = None,
         pretrained: bool = True,
@@ -296,6 +302,7 @@ class CTCRecognition(Recognition):
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
         )
+        self.full_context_test = full_context_test
         self._short = 0.0  # clips of the last batch with fewer features than their text needs
 
     def build_named(self, *, encoder_only: bool) -> SpeechBackbone:

@@ -89,6 +89,14 @@ def test_the_encoder_sees_as_much_as_asked(whisper, texts, contexts, context, sh
     assert (made.full_metrics is None) is full
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_test_hears_clips_again_at_the_whole_context_where_that_is_asked_for(whisper, texts, contexts, asked):
+    made = task_of(Seq2SeqRecognition, whisper, LORA, texts, full_context_test=asked, max_tokens=3)
+    made.test_step(batch_of(texts), 0)
+    assert [options["full_context"] for options in contexts] == [False, True][: 1 + asked]
+    assert (made.full_metrics is not None) is asked
+
+
 def test_time_and_bands_are_hidden_in_training_alone(whisper, texts, contexts):
     made = task_of(Seq2SeqRecognition, whisper, LORA, texts, spec_augment=SpecAugment(time_masks=1))
     made.compute_loss(batch_of(texts))
