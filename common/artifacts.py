@@ -144,18 +144,50 @@ def prepared(key: str, build: Callable[[Path], None]) -> Path:
         GraftError: The cache cannot be written.
         ValueError: The key has other characters.
     """
-    if not _KEY.fullmatch(key):
-        raise ValueError(f"key '{key}': only letters, digits, '.', '_' and '-' are allowed, a letter or digit first")
-    final = cache_dir() / "prepared" / key
+    return prepared_parts({key: build})[0]
+
+
+def prepared_parts(builds: Mapping[str, Callable[[Path], None]]) -> list[Path]:
+    """Return folders of the cache, each built once; processes that want the same ones share the work.
+
+    A process builds what no other one is building, in the order given, and waits for the rest at the end.
+
+    Args:
+        builds: For each folder's key what fills it; see `prepared`.
+
+    Returns:
+        The folders, in the order given.
+
+    Raises:
+        GraftError: The cache cannot be written.
+        ValueError: A key has other characters.
+    """
+    for key in builds:
+        if not _KEY.fullmatch(key):
+            allowed = "only letters, digits, '.', '_' and '-' are allowed, a letter or digit first"
+            raise ValueError(f"key '{key}': {allowed}")
+    others = [key for key, build in builds.items() if not _prepare(key, build, wait=False)]
+    for key in others:
+        _prepare(key, builds[key], wait=True)
+    return [_prepared_path(key) for key in builds]
+
+
+def _prepared_path(key: str) -> Path:
+    return cache_dir() / "prepared" / key
+
+
+def _prepare(key: str, build: Callable[[Path], None], *, wait: bool) -> bool:
+    """Build a folder where it is missing; False where another process is at it and it is not to be waited for."""
+    final = _prepared_path(key)
     if final.is_dir():
-        return final
-    with _disk_errors(f"preparing '{key}'"), _lock(f"prepared-{key}"):
-        if not final.is_dir():
+        return True
+    with _disk_errors(f"preparing '{key}'"), _lock(f"prepared-{key}", wait=wait) as mine:
+        if mine and not final.is_dir():
             with _workspace(f"prepared-{key}") as scratch:
                 build(scratch)
                 final.parent.mkdir(parents=True, exist_ok=True)
                 scratch.rename(final)
-    return final
+    return mine
 
 
 def _archive_path(item: Row) -> Path:
@@ -255,14 +287,22 @@ def _stamp(item: Row, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(name: str) -> Generator[None]:
-    """Let one process at a time work on a file or folder of the cache."""
-    from filelock import FileLock
+def _lock(name: str, *, wait: bool = True) -> Generator[bool]:
+    """Let one process at a time work on a file or folder of the cache; False where it is another's, not waited for."""
+    from filelock import FileLock, Timeout
 
     folder = cache_dir() / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{name}.lock"):
-        yield
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common import artifacts
-from common.artifacts import prepared
+from common.artifacts import prepared, prepared_parts
 from common.errors import GraftError
 
 
@@ -99,3 +100,29 @@ def test_prepared_lets_one_process_build(tmp_path):
 def test_prepared_refuses_keys_that_are_no_plain_name(key):
     with pytest.raises(ValueError, match="only letters"):
         prepared(key, lambda _: None)
+
+
+def test_two_share_the_parts_that_both_want(cache):
+    """The first part's builder waits for the last part, which so must be another's."""
+    last, built, seen = threading.Event(), [], []
+
+    def build(folder: Path, part: str) -> None:
+        built.append((part, threading.current_thread().name))
+        if part == "0":
+            assert last.wait(timeout=20)
+        if part == "3":
+            last.set()
+        (folder / "part").write_text(part)
+
+    def work() -> None:
+        found = prepared_parts({f"part-{n}": functools.partial(build, part=n) for n in "0123"})
+        seen.append([(folder / "part").read_text() for folder in found])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [list("0123")] * 2
+    assert sorted(part for part, _ in built) == list("0123")
+    assert dict(built)["0"] != dict(built)["3"]

@@ -51,8 +51,8 @@ class Prompt:
 def prompts(make: Callable[[], Labeller] = labeller, parts: int = PROMPT_PARTS) -> tuple[Sequence[Prompt], int]:
     """Return recordings of the package with their texts, labelling them at the first call (some minutes for all).
 
-    They are labelled in parts, each of which is kept, so that an interrupted run goes on where it was. The second value
-    is how many files among them hold silence.
+    They are labelled in parts, each of which is kept, so that an interrupted run goes on where it was; processes that
+    need them at the same time share the parts. The second value is how many files among them hold silence.
 
     Args:
         make: Makes what labels a clip; called only where labels are missing.
@@ -65,8 +65,9 @@ def prompts(make: Callable[[], Labeller] = labeller, parts: int = PROMPT_PARTS) 
     work = _Work(make)
     found: list[Prompt] = []
     silent = 0
-    for part in range(min(parts, PROMPT_PARTS)):
-        folder = artifacts.prepared(f"{key}-{part:02}", lambda scratch, part=part: work.build(scratch, part))
+    wanted = range(min(parts, PROMPT_PARTS))
+    builds = {f"{key}-{part:02}": functools.partial(work.build, part=part) for part in wanted}
+    for folder in artifacts.prepared_parts(builds):
         try:
             whole = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
             found += [Prompt(**{**row, "path": str(folder / row["path"])}) for row in whole["prompts"]]
