@@ -268,10 +268,10 @@ class _Session:
 
     def _choose_where_tuned(self, untuned: Collection[Path]) -> None:
         """Choose the settings of each method of which no tuning run is left to do."""
-        study, open_before = self.study, len(self.chosen)
+        study, tuning, chosen_before = self.study, self.study.tuning(), len(self.chosen)
         for recipe, method in itertools.product(study.recipes, study.methods):
             key = recipe, method.name
-            own = [trial for trial in study.tuning() if (trial.recipe, trial.method) == key]
+            own = [trial for trial in tuning if (trial.recipe, trial.method) == key]
             if key in self.chosen or any(trial.folder in untuned for trial in own):
                 continue
             setting = choose([self._read(trial) for trial in own])
@@ -281,7 +281,7 @@ class _Session:
             there = sum(self._fit_is_over(_Step(verb="fit", made=trial)) for trial in further)
             words = "none, since each failed" if setting is None else f"lr {setting.words}"
             self._announce(f"chosen  {study.labels[recipe]} {method.name} {words}; further seeds", len(further), there)
-        if open_before < len(self.chosen) == len(study.recipes) * len(study.methods):
+        if chosen_before < len(self.chosen) == len(study.recipes) * len(study.methods):
             idle = [trial for trial in self._tested() if trial.folder not in self.underway]
             self._announce("testing", len(self._tested()), sum(_measured(self._read(trial)) for trial in idle))
 
