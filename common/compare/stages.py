@@ -236,7 +236,7 @@ class _Session:
         """
         baselines = self._todo("baseline", self.study.untrained())
         tuning = self._todo("fit", self.study.tuning())
-        self._choose_where_tuned({step.made.folder for step in tuning})
+        self._announce_choices(self._choose_where_tuned({step.made.folder for step in tuning}))
         fits = list(dict.fromkeys((*tuning, *self._todo("fit", self._winners()))))
         if len(self.chosen) < len(self.study.recipes) * len(self.study.methods):
             return [*baselines, *fits]
@@ -266,9 +266,9 @@ class _Session:
             return verb != step.verb
         return _has_fit(step.made.folder) if isinstance(step.made, Preparation) else _fitted(self._read(step.made))
 
-    def _choose_where_tuned(self, untuned: Collection[Path]) -> None:
-        """Choose the settings of each method of which no tuning run is left to do."""
-        study, tuning, chosen_before = self.study, self.study.tuning(), len(self.chosen)
+    def _choose_where_tuned(self, untuned: Collection[Path]) -> list[tuple[str, str]]:
+        """Choose the settings of each method of which no tuning run is left to do; return the recipes and methods."""
+        study, tuning, chosen = self.study, self.study.tuning(), list[tuple[str, str]]()
         for recipe, method in itertools.product(study.recipes, study.methods):
             key = recipe, method.name
             own = [trial for trial in tuning if (trial.recipe, trial.method) == key]
@@ -277,11 +277,19 @@ class _Session:
             setting = choose([self._read(trial) for trial in own])
             seeds = dict.fromkeys((*study.tune_seeds, *study.seeds))
             self.chosen[key] = [study.trial(recipe, method, setting, seed) for seed in seeds] if setting else []
-            further = [trial for trial in self.chosen[key] if trial.seed not in study.tune_seeds]
+            chosen.append(key)
+        return chosen
+
+    def _announce_choices(self, chosen: Sequence[tuple[str, str]]) -> None:
+        """Say what was chosen and how many further seeds that takes; after the last choice, how many tests."""
+        for recipe, method in chosen:
+            trials = self.chosen[recipe, method]
+            setting = trials[0].setting if trials else None
+            further = [trial for trial in trials if trial.seed not in self.study.tune_seeds]
             there = sum(self._fit_is_over(_Step(verb="fit", made=trial)) for trial in further)
             words = "none, since each failed" if setting is None else f"lr {setting.words}"
-            self._announce(f"chosen  {study.labels[recipe]} {method.name} {words}; further seeds", len(further), there)
-        if chosen_before < len(self.chosen) == len(study.recipes) * len(study.methods):
+            self._announce(f"chosen  {self.study.labels[recipe]} {method} {words}; further seeds", len(further), there)
+        if chosen and len(self.chosen) == len(self.study.recipes) * len(self.study.methods):
             idle = [trial for trial in self._tested() if trial.folder not in self.underway]
             self._announce("testing", len(self._tested()), sum(_measured(self._read(trial)) for trial in idle))
 
