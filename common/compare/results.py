@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from common.compare.worst import Worst, worst_class, worst_group
 from common.errors import GraftError, unknown
 
 SCHEMA = 1
+TIMES = ("step_seconds", "fit_seconds")  # which other work on the machine disturbs; what else a run costs is counted
 MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations")
 FULL_FINE_TUNING = "FullFineTune"
 
@@ -142,13 +143,14 @@ class Row:
         mode: Whether more of it is better, or less.
         val: The primary metric on the validation split, over the tested runs.
         test: Each metric on the test split.
-        cost: Numbers by their name in metrics.json; times are means over the seeds, memory parts are `memory_<part>`.
+        cost: Numbers by their name in metrics.json; times are medians over the seeds, memory parts are `memory_<part>`.
         failed: How many of its runs failed.
         decays: The weight decays it could choose from; none where it has the recipe's.
         weight_decay: The chosen weight decay; None where it has the recipe's.
         worst: Its worst class on the test split, over the seeds; None where there are no numbers by class.
         worst_group: Its worst group on the test split, over the seeds; None where rows name no large groups.
         starts: What it starts from, which was trained before and is in no other cost.
+        times: Each seed's time in s, by its name in metrics.json; only those that every seed has.
     """
 
     recipe: str
@@ -169,6 +171,7 @@ class Row:
     worst: Worst | None = None
     worst_group: Worst | None = None
     starts: tuple[Start, ...] = ()
+    times: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
 
     @property
     def settings(self) -> int:
@@ -323,6 +326,7 @@ def _row(label: str, one: Method | str, runs: Sequence[Run]) -> Row:
         weight_decay=chosen.weight_decay if chosen else None,
         worst=worst_class(rows, tests, classes),
         worst_group=worst_group(rows, tests, seen[0].primary, seen[0].mode) if seen else None,
+        times=_times([metrics.cost for metrics in seen]),
     )
 
 
@@ -342,12 +346,17 @@ def _cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if not costs:
         return {}
     numbers = _numbers(costs[0])
-    for name in ("step_seconds", "fit_seconds"):
+    for name in TIMES:
         times = [cost[name] for cost in costs if isinstance(cost.get(name), int | float)]
         if times:
             numbers[name] = statistics.median(times)
     memory = _numbers(costs[0].get("train_memory") or {})
     return numbers | {f"memory_{part}": memory[part] for part in (*MEMORY_PARTS, "total") if part in memory}
+
+
+def _times(costs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, ...]]:
+    known = [_numbers(cost) for cost in costs]
+    return {name: tuple(cost[name] for cost in known) for name in TIMES if all(name in cost for cost in known)}
 
 
 def _numbers(raw: Mapping[str, Any]) -> dict[str, float]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from common.compare.evidence import Block, Comparison, weigh
-from common.compare.results import Row
-from common.compare.statistics import LEVEL, Difference, difference, resampled
+from common.compare.results import TIMES, Row
+from common.compare.statistics import LEVEL, Difference, Interval, Sample, difference, resampled
 from common.compare.tables import percent
 from common.errors import GraftError, suggest
 
@@ -267,16 +267,38 @@ def _saves(
     """`method` saves `at_least`, or no more than `at_most`, of the `cost` of `reference`; both are shares."""
     outcomes: list[Outcome] = []
     for block in blocks:
-        own, other = (_row(block, name).cost.get(cost) for name in (method, reference))
-        if own is None or not other:
-            raise _Missing(f"{block.label}: {cost} was not measured")
-        saved = 1 - own / other
-        fits = (at_least is None or saved >= at_least) and (at_most is None or saved <= at_most)
-        words = cost.replace("_", " ")
+        (saved, where), words = _saved(block, method, reference, cost), cost.replace("_", " ")
+        least, most = -math.inf if at_least is None else at_least, math.inf if at_most is None else at_most
+        inside, outside = least <= where.low and where.high <= most, where.high < least or where.low > most
         part = f"saves {100 * saved:.0f} % of" if saved >= 0 else f"takes {-100 * saved:.0f} % more than"
         told = f"{block.label}: {method} {part} {reference}'s {words}"
-        outcomes.append(Outcome(answer=HOLDS if fits else FAILS, figures=told))
+        if where.over:
+            told += f" (saving {100 * where.low:+.0f} to {100 * where.high:+.0f} % over {where.over})"
+        outcomes.append(Outcome(answer=HOLDS if inside else FAILS if outside else OPEN, figures=told))
     return outcomes
+
+
+def _saved(block: Block, method: str, reference: str, cost: str) -> tuple[float, Interval]:
+    """Which share of a cost of `reference` is saved, and where it may lie.
+
+    What is counted is the same for all seeds. What is timed is not: the share is that of the geometric means over the
+    seeds, its interval that of the difference of logarithms, paired by seed.
+    """
+    own, other = _row(block, method), _row(block, reference)
+    if cost not in TIMES:
+        spent, whole = own.cost.get(cost), other.cost.get(cost)
+        if spent is None or not whole:
+            raise _Missing(f"{block.label}: {cost} was not measured")
+        saved = 1 - spent / whole
+        return saved, Interval(low=saved, high=saved, over="")
+    if not all(min(row.times.get(cost, (0.0,))) > 0 for row in (own, other)):
+        raise _Missing(f"{block.label}: {cost} was not measured")
+    found = difference(*(Sample(seeds=row.seeds, values=np.log(row.times[cost])) for row in (own, other)))
+    if found is None:
+        raise _Missing(f"{block.label}: spread of {cost} unknown (one seed)")
+    return 1 - math.exp(found.value), Interval(
+        low=1 - math.exp(found.high), high=1 - math.exp(found.low), over=found.over
+    )
 
 
 def _grows_with(

@@ -109,7 +109,7 @@ class Fabric:
         results: Mapping[str, Sequence[float] | Sequence[Sequence[float]]],
         *,
         baselines: Sequence[str] = (),
-        costs: Mapping[str, Mapping[str, float]] | None = None,
+        costs: Mapping[str, Mapping[str, float | Sequence[float]]] | None = None,
         extra: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
         val: Mapping[str, float] | None = None,
         metric: str = "score",
@@ -125,7 +125,7 @@ class Fabric:
             label: The recipe's label.
             results: By method one number a seed, or one list of examples' scores a seed, whose mean is the number.
             baselines: Which of them are baselines.
-            costs: By method what metrics.json says under cost.
+            costs: By method what metrics.json says under cost, one number or one a seed.
             extra: By further test metric and method one number a seed.
             val: By method the number on the validation split; the first seed's on the test split by default.
             metric: The metric that decides.
@@ -140,13 +140,14 @@ class Fabric:
             for seed, value in enumerate(values):
                 number = float(np.mean(value))
                 test = {metric: number} | {key: own[name][seed] for key, own in (extra or {}).items() if name in own}
+                spent = (costs or {}).get(name, {}).items()
                 metrics = Metrics(
                     fitted=True,
                     primary=metric,
                     mode="max" if mode == "max" else "min",
                     val={metric: (val or {}).get(name, float(np.mean(values[0])))},
                     test=test,
-                    cost={"fit_seconds": 1.0, **(costs or {}).get(name, {})},
+                    cost={"fit_seconds": 1.0} | {k: v if isinstance(v, int | float) else v[seed] for k, v in spent},
                     data={"digest": f"d{seed if redrawn else 0}", "test": np.size(value), "train": train},
                     environment={},
                     backbone="b",

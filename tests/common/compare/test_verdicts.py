@@ -94,6 +94,40 @@ def test_savings_are_shares_of_the_references_cost(ask, limits, answer):
     assert ask({"saves": {**LORA, "at_least": 0.1}}, {"LoRA": LEVEL}).answer == "inconclusive"
 
 
+def test_times_that_vary_over_the_seeds_decide_by_their_interval(ask):
+    """The interval is SciPy's for the paired logarithms; 6 % less by the medians proves nothing where seeds vary so."""
+    from scipy.stats import ttest_rel
+
+    noisy = {"LoRA": {"step_seconds": [0.22, 0.21, 0.26]}, "FullFineTune": {"step_seconds": [0.23, 0.25, 0.22]}}
+    no_faster = {"saves": {**LORA, "cost": "step_seconds", "at_most": 0.0}}
+    outcome = ask(no_faster, {"LoRA": LEVEL}, costs=noisy)
+    logs = [np.log(noisy[name]["step_seconds"]) for name in ("LoRA", "FullFineTune")]
+    low, high = 1 - np.exp(ttest_rel(*logs).confidence_interval()[::-1])
+    assert outcome.answer == "inconclusive"
+    assert f"{100 * (1 - np.exp(np.mean(logs[0] - logs[1]))):.0f} % of FullFineTune's step seconds" in outcome.figures
+    assert f"(saving {100 * low:+.0f} to {100 * high:+.0f} % over seeds)" in outcome.figures
+    faster = {"LoRA": {"step_seconds": [0.11, 0.12, 0.11]}, "FullFineTune": {"step_seconds": [0.23, 0.25, 0.22]}}
+    assert ask(no_faster, {"LoRA": LEVEL}, costs=faster).answer == "does not hold"
+    assert (
+        ask({"saves": {**LORA, "cost": "step_seconds", "at_least": 0.4}}, {"LoRA": LEVEL}, costs=faster).answer
+        == "holds"
+    )
+
+
+def test_one_time_proves_no_saving(ask):
+    once = {"LoRA": {"step_seconds": 0.1}, "FullFineTune": {"step_seconds": 0.2}}
+    costs = {"saves": {**LORA, "cost": "step_seconds", "at_least": 0.1}}
+    outcome = ask(costs, {"LoRA": LEVEL[:1], "FullFineTune": FULL[:1]}, costs=once)
+    assert (outcome.answer, outcome.figures) == ("inconclusive", "set0: spread of step_seconds unknown (one seed)")
+
+
+def test_what_is_counted_needs_no_interval(ask):
+    sizes = {"LoRA": {"flops_per_step": 90.0}, "FullFineTune": {"flops_per_step": 100.0}}
+    counted = {"saves": {**LORA, "cost": "flops_per_step", "at_most": 0.11}}
+    outcome = ask(counted, {"LoRA": LEVEL[:1], "FullFineTune": FULL[:1]}, costs=sizes)
+    assert (outcome.answer, outcome.figures) == ("holds", "set0: LoRA saves 10 % of FullFineTune's flops per step")
+
+
 def test_the_best_of_several_is_chosen_on_validation(ask):
     """SSF is the better one on the test split; validation says LoRA."""
     several = {"ahead_of": {"method": ["LoRA", "SSF"], "reference": "FullFineTune"}}
