@@ -53,9 +53,14 @@ class Domain:
             raise unknown(f"task of domain {self.name}", name, self.tasks)
         return getattr(importlib.import_module(self.tasks[name]), name)
 
+    @property
+    def modules(self) -> list[str]:
+        """The names of the modules that its tasks and datamodules are in."""
+        return sorted({*self.tasks.values(), *self.data.values()})
+
     def load_all(self) -> None:
         """Import every task and datamodule, so that a recipe can name them without their module."""
-        for module in {*self.tasks.values(), *self.data.values()}:
+        for module in self.modules:
             importlib.import_module(module)
 
     def load_predict(self) -> Callable[..., Any]:

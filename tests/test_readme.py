@@ -149,7 +149,7 @@ class InThisProcess:
 @pytest.mark.artifacts
 def test_the_demo_runs_small(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setattr(stages, "local_runner", lambda command: InThisProcess())
+    monkeypatch.setattr(stages, "local_runner", lambda command, imports: InThisProcess())
     study = "configs/demo.yaml"
     arguments = shrink(["compare", study, "--out", "demo", "--jobs", "2"], place)
     assert run(arguments, DOMAINS) == 0

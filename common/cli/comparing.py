@@ -75,7 +75,7 @@ def _reproduce(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
         return 0
     if args.all:  # what is nearly there is decided first
         cards = sorted(cards, key=lambda card: outlook(card, scale, args.out).lacking)
-    return reproduce(cards, scale, args.out, args.jobs)
+    return reproduce(cards, scale, args.out, args.jobs, imports=_modules(domains))
 
 
 def _list_claims(cards: Sequence[Card], scale: ScaleName, out: Path, console: Console) -> None:
@@ -94,6 +94,10 @@ def _list_claims(cards: Sequence[Card], scale: ScaleName, out: Path, console: Co
     console.print("Name some of the claims, or give --all.")
 
 
+def _modules(domains: Mapping[str, Domain]) -> tuple[str, ...]:
+    return tuple(module for domain in domains.values() for module in domain.modules)
+
+
 def _numbers(rates: tuple[float, ...]) -> str:
     return ", ".join(f"{rate:g}" for rate in rates)
 
@@ -103,7 +107,7 @@ def _compare(args: argparse.Namespace, domains: Mapping[str, Domain]) -> int:
     from common.compare.expand import expand
     from common.compare.stages import Options
 
-    how = Options(runner=args.runner, parquet=args.parquet)
+    how = Options(runner=args.runner, parquet=args.parquet, imports=_modules(domains))
     if args.methods is None:
         options = ("seeds", "tune_seeds", "rates", "weight_decays", "budget", "shots", "set")
         given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]

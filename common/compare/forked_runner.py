@@ -17,7 +17,7 @@ from pathlib import Path
 from common._lifeline import end_with
 from common.compare.runner import Finished, Job, LocalRunner, Runner, ended
 
-_IMPORTED = ("common.cli.training",)  # with torch, lightning, peft and torchmetrics
+_IMPORTED = ("common.cli.training", "common.tuners")  # with torch, lightning, peft and torchmetrics
 _THREADS = "OMP_NUM_THREADS"
 
 
@@ -57,12 +57,16 @@ class ForkedRunner:
     """Processes of this machine that start with the libraries imported, as Python's `forkserver` makes them.
 
     Each is a session of its own, with its own output, environment and folder, and runs what `python -m MODULE` would.
-    The process that they are forked from computes nothing.
+    The process that they are forked from computes nothing. There is one of it, started with the first trial: what
+    runners that were made before that want imported, it imports.
+
+    Args:
+        imports: Names of further modules that trials need, such as those of the domains.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, imports: Sequence[str] = ()) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(list(_IMPORTED))
+        self._context.set_forkserver_preload([*_IMPORTED, *imports])
 
     def start(self, job: Job, environment: Mapping[str, str]) -> ForkedRunning:
         """Start a process with these environment variables, in the current folder.
@@ -86,8 +90,8 @@ def runs_module(command: Sequence[str]) -> bool:
     return tuple(command[:2]) == (sys.executable, "-m") and len(command) > 2
 
 
-def local_runner(command: Sequence[str]) -> Runner:
-    """Return how trials whose command lines begin with `command` run on this machine.
+def local_runner(command: Sequence[str], imports: Sequence[str] = ()) -> Runner:
+    """Return how trials whose command lines begin with `command`, and which need `imports`, run on this machine.
 
     They are forked on Linux where torch finds no accelerator: a driver that was started before a fork fails after it,
     and other systems' libraries cannot be forked. Elsewhere each is a process from scratch.
@@ -96,7 +100,7 @@ def local_runner(command: Sequence[str]) -> Runner:
         return LocalRunner()
     import torch
 
-    return LocalRunner() if torch.accelerator.is_available() else ForkedRunner()
+    return LocalRunner() if torch.accelerator.is_available() else ForkedRunner(imports)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from common import __version__
 from common.compare.claims import Card, Scale, ScaleName
 from common.compare.evidence import Block
 from common.compare.outlook import asked_of, lacking, own_folder
-from common.compare.stages import GRAFT, STOPPED, run_studies
+from common.compare.stages import GRAFT, STOPPED, Options, run_studies
 from common.compare.study import Study
 from common.compare.verdicts import decide
 from common.errors import GraftError
@@ -68,6 +68,7 @@ class _Runner:
     jobs: int | None
     command: tuple[str, ...]
     console: Console
+    options: Options
     done: dict[str, list[Block]]
 
     def run(self, key: str, studies: Callable[[], Sequence[Study]]) -> list[Block]:
@@ -77,7 +78,9 @@ class _Runner:
             KeyboardInterrupt: They were stopped.
         """
         if key not in self.done:
-            code, blocks = run_studies(studies(), self.jobs, command=self.command, console=self.console)
+            code, blocks = run_studies(
+                studies(), self.jobs, command=self.command, console=self.console, options=self.options
+            )
             if code == STOPPED:
                 raise KeyboardInterrupt
             self.done[key] = blocks
@@ -92,6 +95,7 @@ def reproduce(
     *,
     command: Sequence[str] = GRAFT,
     console: Console | None = None,
+    imports: Sequence[str] = (),
 ) -> int:
     """Decide claims, and write `verdicts.json` and `verdicts.md` after each of them.
 
@@ -102,12 +106,15 @@ def reproduce(
         jobs: How many trials run side by side; by default half the processors.
         command: What stands before `fit`, `test` and `baseline` on each command line.
         console: Where progress goes; by default standard output.
+        imports: Names of modules that trials need, which forked ones find imported.
 
     Returns:
         0 where each claim was asked, whatever the verdict; 130 where it was stopped.
     """
     console = console or Console()
-    runner = _Runner(jobs=jobs, command=tuple(command), console=console, done={})
+    runner = _Runner(
+        jobs=jobs, command=tuple(command), console=console, options=Options(imports=tuple(imports)), done={}
+    )
     out.mkdir(parents=True, exist_ok=True)
     verdicts: list[Verdict] = []
     try:

@@ -49,10 +49,12 @@ class Options:
     Attributes:
         runner: Where trials run: one of `RUNNERS`.
         parquet: Whether `results.parquet` is written beside `results.csv`.
+        imports: Names of modules that trials need, which forked ones find imported: those of the domains.
     """
 
     runner: str = LOCAL
     parquet: bool = False
+    imports: tuple[str, ...] = ()
 
 
 def compare(
@@ -117,7 +119,7 @@ def run_studies(
         refuse_foreign_folders(study)
     if options.parquet:
         need_parquet("--parquet")
-    runner = _runner(options.runner, width, command)
+    runner = _runner(options, width, command)
     folders = sorted({folder for study in studies for folder in (first.out, study.runs)})
     try:
         with contextlib.ExitStack() as stack:
@@ -144,11 +146,11 @@ def run_studies(
         return STOPPED, []
 
 
-def _runner(name: str, width: int, command: Sequence[str]) -> Runner:
-    if name not in RUNNERS:
-        raise unknown("runner", name, RUNNERS)
-    if name == LOCAL:
-        return local_runner(command)
+def _runner(options: Options, width: int, command: Sequence[str]) -> Runner:
+    if options.runner not in RUNNERS:
+        raise unknown("runner", options.runner, RUNNERS)
+    if options.runner == LOCAL:
+        return local_runner(command, options.imports)
     from common.compare.ray_runner import RayRunner
 
     return RayRunner(width)

@@ -113,6 +113,31 @@ def test_a_script_that_imports_the_module_itself_leaves_no_trace_in_the_log(modu
     assert (module / "log.txt").read_text() == "ran as __main__\n"
 
 
+IMPORTER = """
+import os, sys, time
+from pathlib import Path
+from common.compare.forked_runner import local_runner
+from common.compare.runner import Job
+if __name__ == "__main__":
+    one = Job(title="one", command=(sys.executable, "-m", "says"), log=Path("log.txt"))
+    going = local_runner(one.command, ["needed", "nowhere"]).start(one, {**os.environ, "OMP_NUM_THREADS": "1"})
+    while (ended := going.finished()) is None:
+        time.sleep(0.05)
+    sys.exit(ended.code)
+"""
+
+
+def test_what_trials_need_is_imported_once_where_they_are_forked_from(module):
+    """The module notes the process that imports it; one that is not there is left to the trial to miss."""
+    (module / "needed.py").write_text("import os\nORIGIN = os.getpid()\n")
+    (module / "says.py").write_text(
+        "import os, sys\nearly = 'needed' in sys.modules\nimport needed\nprint(early, needed.ORIGIN == os.getppid())\n"
+    )
+    (module / "importer.py").write_text(IMPORTER)
+    subprocess.run([sys.executable, "importer.py"], check=True, timeout=120)
+    assert (module / "log.txt").read_text() == "True True\n"
+
+
 def test_what_starts_it_keeps_its_own_environment(module, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run(ForkedRunner(), job("one", "0"))

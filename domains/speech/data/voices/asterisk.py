@@ -130,6 +130,9 @@ def phrase_sides(texts: Sequence[str], fractions: Mapping[Split, float]) -> list
 
 def _alike(one: Counter[str], two: Counter[str]) -> bool:
     """Tell whether two bags of words share so many that one text gives the other away."""
+    fewer, more = sorted((one.total(), two.total()))
+    if fewer < _ALIKE * more:  # most pairs: the words that they share are no more than the shorter has
+        return False
     return (one & two).total() >= _ALIKE * (one | two).total()
 
 
