@@ -57,8 +57,8 @@ class ForkedRunner:
     """Processes of this machine that start with the libraries imported, as Python's `forkserver` makes them.
 
     Each is a session of its own, with its own output, environment and folder, and runs what `python -m MODULE` would.
-    The process that they are forked from computes nothing. There is one of it, started with the first trial: what
-    runners that were made before that want imported, it imports.
+    The process that they are forked from computes nothing. There is one for all runners, which imports what the last
+    one asked for that was made before its first trial.
 
     Args:
         imports: Names of further modules that trials need, such as those of the domains.
