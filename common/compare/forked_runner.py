@@ -17,8 +17,11 @@ from pathlib import Path
 from common._lifeline import end_with
 from common.compare.runner import Finished, Job, LocalRunner, Runner, ended
 
-_IMPORTED = ("common.cli.training", "common.tuners")  # with torch, lightning, peft and torchmetrics
+# With torch, lightning, peft and torchmetrics, and what the runner names.
+_IMPORTED = ("common.cli.training", "common.tuners", "common.compare._imports")
 _THREADS = "OMP_NUM_THREADS"
+IMPORTS = "GRAFT_IMPORTS"
+"""The environment variable that names what the process imports that trials are forked from, spaces between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,7 @@ class ForkedRunner:
     """Processes of this machine that start with the libraries imported, as Python's `forkserver` makes them.
 
     Each is a session of its own, with its own output, environment and folder, and runs what `python -m MODULE` would.
-    The process that they are forked from computes nothing. There is one for all runners, which imports what the last
-    one asked for that was made before its first trial.
+    The process that they are forked from computes nothing. There is one for all runners, started with the first trial.
 
     Args:
         imports: Names of further modules that trials need, such as those of the domains.
@@ -66,7 +68,8 @@ class ForkedRunner:
 
     def __init__(self, imports: Sequence[str] = ()) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*_IMPORTED, *imports])
+        self._context.set_forkserver_preload(list(_IMPORTED))
+        self._imports = " ".join(imports)
 
     def start(self, job: Job, environment: Mapping[str, str]) -> ForkedRunning:
         """Start a process with these environment variables, in the current folder.
@@ -80,7 +83,8 @@ class ForkedRunner:
         job.log.open("ab" if job.append else "wb").close()  # there whenever it ends
         arguments = (job.command[2:], job.log.resolve(), dict(environment), Path.cwd())
         process = self._context.Process(target=_work, args=arguments)
-        with _threads(environment[_THREADS]):  # which the first process's origin keeps
+        # The first process's origin keeps these.
+        with _environment({_THREADS: environment[_THREADS], IMPORTS: self._imports}):
             process.start()
         return ForkedRunning(job=job, process=process, started=time.monotonic())
 
@@ -104,17 +108,18 @@ def local_runner(command: Sequence[str], imports: Sequence[str] = ()) -> Runner:
 
 
 @contextlib.contextmanager
-def _threads(number: str) -> Generator[None]:
-    """Let a process that is started here read this number of threads."""
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = number
+def _environment(variables: Mapping[str, str]) -> Generator[None]:
+    """Let a process that is started here read these environment variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _work(line: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path) -> None:

@@ -120,7 +120,8 @@ from common.compare.forked_runner import local_runner
 from common.compare.runner import Job
 if __name__ == "__main__":
     one = Job(title="one", command=(sys.executable, "-m", "says"), log=Path("log.txt"))
-    going = local_runner(one.command, ["needed", "nowhere"]).start(one, {**os.environ, "OMP_NUM_THREADS": "1"})
+    runner = local_runner(one.command, ["nowhere", "broken", "needed"])
+    going = runner.start(one, {**os.environ, "OMP_NUM_THREADS": "1"})
     while (ended := going.finished()) is None:
         time.sleep(0.05)
     sys.exit(ended.code)
@@ -128,7 +129,8 @@ if __name__ == "__main__":
 
 
 def test_what_trials_need_is_imported_once_where_they_are_forked_from(module):
-    """The module notes the process that imports it; one that is not there is left to the trial to miss."""
+    """The module notes the process that imports it; those that cannot be imported are left to the trial to miss."""
+    (module / "broken.py").write_text("raise RuntimeError('broken')\n")
     (module / "needed.py").write_text("import os\nORIGIN = os.getpid()\n")
     (module / "says.py").write_text(
         "import os, sys\nearly = 'needed' in sys.modules\nimport needed\nprint(early, needed.ORIGIN == os.getppid())\n"
