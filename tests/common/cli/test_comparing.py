@@ -89,14 +89,17 @@ def test_what_does_not_fit_together_is_refused(started, capsys, words, told):
 
 def test_claims_are_listed_or_decided(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr("common.compare.reproduce.reproduce", lambda *words: asked.append(words) or 0)
+    monkeypatch.setattr(
+        "common.compare.reproduce.reproduce", lambda *words, imports: asked.append((*words, imports)) or 0
+    )
     assert run(["reproduce"], {}) == 0
     assert "lora-within-a-point: LoRA comes within a point" in capsys.readouterr().out
     assert not asked
     assert run(["reproduce", "lora-within-a-point", "--jobs", "2", "--out", "o"], {}) == 0
-    assert [(words[0][0].id, *words[1:]) for words in asked] == [("lora-within-a-point", "embedded", Path("o"), 2)]
-    assert run(["reproduce", "--all", "--scale", "full"], {}) == 0
+    assert [(words[0][0].id, *words[1:]) for words in asked] == [("lora-within-a-point", "embedded", Path("o"), 2, ())]
+    assert run(["reproduce", "--all", "--scale", "full"], DOMAINS) == 0
     assert len(asked[1][0]) == len(list(comparing.CLAIMS.glob("*.yaml")))
+    assert asked[1][-1] == ("fewer",)
 
 
 def test_runner_and_parquet_are_asked_for_by_options(started, monkeypatch):
@@ -107,6 +110,7 @@ def test_runner_and_parquet_are_asked_for_by_options(started, monkeypatch):
     assert run("compare a.yaml --methods LoRA".split(), DOMAINS) == 0
     assert run("compare a.yaml --methods LoRA --runner ray --parquet".split(), DOMAINS) == 0
     assert [(one.runner, one.parquet) for one in asked] == [("local", False), ("ray", True)]
+    assert asked[0].imports == ("fewer",)
 
 
 @pytest.mark.parametrize(

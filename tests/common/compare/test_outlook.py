@@ -67,6 +67,8 @@ def test_all_claims_are_asked_with_the_nearest_first(card, world, monkeypatch):
     Path("cards/aaa.yaml").write_text(far)
     Path("other.yaml").write_text(Path("study.yaml").read_text() + "\nruns: elsewhere\n")
     asked = []
-    monkeypatch.setattr("common.compare.reproduce.reproduce", lambda cards, *_: asked.extend(c.id for c in cards) or 0)
+    monkeypatch.setattr(
+        "common.compare.reproduce.reproduce", lambda cards, *_, imports: asked.extend(card.id for card in cards) or 0
+    )
     assert run(["reproduce", "--all"], {}) == 0
     assert asked == ["ahead", "aaa"]
