@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from common.compare._plots import Point, curves_svg, pareto_svg
 from common.compare._samples import Example, Group, pictured_examples, sample_groups
+from common.compare.environment import environment_of
 from common.compare.evidence import COSTS, Block, Standing
 from common.compare.integrity import CHECKS, Finding
 from common.compare.results import MEMORY_PARTS, Metrics, Row, Run, by_setting, tuning_runs, tuning_score
@@ -115,7 +114,7 @@ def write_report(
         together=_together(blocks, standing) if standing else None,
         sections=[_section(block, f"set{index}") for index, block in enumerate(blocks)],
         parts=MEMORY_PARTS,
-        environment=_environment([run for block in blocks for run in block.runs]),
+        environment=environment_of([run for block in blocks for run in block.runs]),
     )
     path.write_text(text, encoding="utf-8")
 
@@ -303,18 +302,6 @@ def _came_to(run: Run) -> str:
     if run.metrics is None or not run.metrics.fitted:
         return f"failed, exit code {run.failure.code}" if run.failure else "failed"
     return "diverged" if run.metrics.score is None else f"{run.metrics.score:.3f}"
-
-
-def _environment(runs: Sequence[Run]) -> dict[str, str]:
-    """What the runs ran on; a value that differs between runs lists all that occurred."""
-    records: list[Mapping[str, Any]] = []
-    for run in runs:
-        stored = run.trial.folder / "trial.json"
-        if run.metrics and stored.exists():
-            beside = json.loads(stored.read_text(encoding="utf-8")).get("side_by_side", "unknown")
-            records.append({**run.metrics.environment, "runs side by side": beside})
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: ", ".join(dict.fromkeys(str(r.get(name, "unknown")) for r in records)) for name in names}
 
 
 def _commands(study: Study, runs: Sequence[Run]) -> str:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from common import __version__
 from common.compare.claims import Card, Scale, ScaleName
+from common.compare.environment import environment_of
 from common.compare.evidence import Block
 from common.compare.outlook import asked_of, lacking, own_folder
 from common.compare.stages import GRAFT, STOPPED, Options, run_studies
@@ -43,6 +44,7 @@ class Verdict:
         differs: How the protocol differs from the published one.
         at_an_end: The methods whose rate is the lowest or highest that was tried, with the rate: a better one may lie
             beyond.
+        environment: What the runs ran on; the precision is the machine's where the recipes leave it `auto`.
         date: When, UTC.
         commit: Graft's commit, or its version where there is none.
     """
@@ -57,8 +59,13 @@ class Verdict:
     source: str
     differs: str
     at_an_end: tuple[str, ...]
+    environment: Mapping[str, str]
     date: str
     commit: str
+
+
+class _StudiesStopped(KeyboardInterrupt):
+    """Studies were stopped, and have said so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +82,14 @@ class _Runner:
         """Run studies, or return what came of them before.
 
         Raises:
-            KeyboardInterrupt: They were stopped.
+            _StudiesStopped: They were stopped.
         """
         if key not in self.done:
             code, blocks = run_studies(
                 studies(), self.jobs, command=self.command, console=self.console, options=self.options
             )
             if code == STOPPED:
-                raise KeyboardInterrupt
+                raise _StudiesStopped
             self.done[key] = blocks
         return self.done[key]
 
@@ -123,6 +130,8 @@ def reproduce(
             _write(verdicts, out)
             last = verdicts[-1]
             console.print(f"{last.card}: {last.verdict}. {last.figures}", markup=False, highlight=False, soft_wrap=True)
+    except _StudiesStopped:
+        return STOPPED
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from here.")
         return STOPPED
@@ -153,6 +162,7 @@ def _verdict(card: Card, scale: ScaleName, out: Path, runner: _Runner) -> Verdic
         at_an_end=tuple(
             f"{block.label}: {row.method} ({row.lr:g})" for block in blocks for row in block.rows if row.at_an_end
         ),
+        environment=environment_of([run for block in blocks for run in block.runs]),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         commit=_commit(),
     )
@@ -202,6 +212,16 @@ def _write(verdicts: Sequence[Verdict], out: Path) -> None:
     (out / "verdicts.md").write_text(_markdown(verdicts), encoding="utf-8")
 
 
+def _machines(verdicts: Sequence[Verdict]) -> dict[str, list[str]]:
+    """Return the claims that were asked, by what their runs ran on."""
+    found: dict[str, list[str]] = {}
+    for one in verdicts:
+        if one.environment:
+            words = ", ".join(f"{name} {text}" for name, text in one.environment.items())
+            found.setdefault(words, []).append(one.card)
+    return found
+
+
 def _markdown(verdicts: Sequence[Verdict]) -> str:
     counts: Mapping[str, int] = {}
     for verdict in verdicts:
@@ -218,6 +238,7 @@ def _markdown(verdicts: Sequence[Verdict]) -> str:
         cells = (f"{v.statement} (`{v.card}`)", v.verdict, v.figures, f"{v.published}; {v.source}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     below = {
+        "What the runs ran on": {words: ", ".join(of) for words, of in _machines(verdicts).items()},
         "Runs": {v.card: ", ".join(f"`{run}`" for run in v.runs) for v in verdicts},
         "How the protocols differ from the published ones": {v.card: v.differs for v in verdicts},
         "Learning rates at an end of those that were tried, so that a better one may lie beyond": {

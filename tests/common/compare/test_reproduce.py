@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
@@ -36,8 +35,7 @@ def cards(world):
     Path("cards/later.yaml").write_text(unbuilt.replace("id: ahead", "id: later"))
 
     def asked(*names, scale="embedded"):
-        stream = io.StringIO()
-        console, command = Console(file=stream, width=100), (sys.executable, "-S", str(FAKE))
+        console, command = Console(width=100), (sys.executable, "-S", str(FAKE))
         code = reproduce(load_cards(Path("cards"), names), scale, Path("out"), 4, command=command, console=console)
         found = json.loads(Path("out/verdicts.json").read_text())
         return code, {one["card"]: one for one in found}
@@ -59,11 +57,13 @@ def test_a_study_runs_once_for_all_cards_and_never_again(cards, world):
     assert "runs/small/recipe/LoRA/lr-0.001-seed-2" in one["runs"]
     assert len(one["runs"]) == 6
     assert one["at_an_end"] == ["study: FullFineTune (5e-05)"]  # of two; LoRA's is in the middle of three
+    assert (one["environment"]["precision"], one["environment"]["runs side by side"]) == ("32-true", "4")
     assert one["commit"]
     assert one["date"].startswith("20")
     text = Path("out/verdicts.md").read_text()
     assert "**3 claims**: 1 holds, 1 does not hold, 1 not runnable here." in text
     assert "| LoRA is ahead. (`later`) | not runnable here | not built yet |" in text
+    assert "- `graft 0.1.0, device cpu, precision 32-true, runs side by side 4`: ahead, behind\n" in text
     assert "- `ahead`: small" in text
     assert "a better one may lie beyond:\n\n- `ahead`: study: FullFineTune (5e-05)\n" in text
     world.forget()
@@ -93,10 +93,15 @@ def test_a_study_with_none_of_the_claims_methods_is_named(cards):
     )
 
 
-def test_a_reproduction_that_is_stopped_keeps_its_verdicts(cards, monkeypatch):
-    monkeypatch.setattr("common.compare.reproduce.run_studies", lambda *_, **__: (130, []))
+@pytest.mark.parametrize("where", ["stages.make_blocks", "reproduce.decide"])  # amid a study, and behind it
+def test_a_reproduction_that_is_stopped_says_so_once_and_keeps_its_verdicts(cards, monkeypatch, capsys, where):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"common.compare.{where}", stopped)
     code, found = cards("later", "ahead")
     assert code == 130
+    assert capsys.readouterr().out.count("Stopped. The same command goes on from here.") == 1
     assert {card: one["verdict"] for card, one in found.items()} == {"later": "not runnable here"}
 
 
